@@ -1,0 +1,41 @@
+"""Who may work on this stream right now, and how does everybody else's write get refused?"""
+
+from leases.errors import (
+    ConfigError,
+    LeaseHeld,
+    LeaseLost,
+    LeaseNotHeld,
+    LeasesError,
+    OutcomeUnknown,
+    SchemaOutdated,
+    StaleToken,
+    StoreError,
+    StoreUnavailable,
+)
+from leases.fencing import advance_watermark, fence, watermark_table
+from leases.model import Event, Grant, Lease, LeaseInfo
+from leases.store import AsyncEventLog, AsyncLeaseStore, EventLog, LeaseStore
+
+__all__ = [
+    "AsyncEventLog",
+    "AsyncLeaseStore",
+    "ConfigError",
+    "Event",
+    "EventLog",
+    "Grant",
+    "Lease",
+    "LeaseHeld",
+    "LeaseInfo",
+    "LeaseLost",
+    "LeaseNotHeld",
+    "LeaseStore",
+    "LeasesError",
+    "OutcomeUnknown",
+    "SchemaOutdated",
+    "StaleToken",
+    "StoreError",
+    "StoreUnavailable",
+    "advance_watermark",
+    "fence",
+    "watermark_table",
+]

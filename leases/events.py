@@ -1,0 +1,77 @@
+"""The built-in event log: events and the checkpoint commit in one transaction with the fence.
+
+So nothing that was accepted is lost, and nothing is written twice: an event whose `event_id` its stream has already is
+left out, and a takeover resumes at the checkpoint that was committed with the last events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from sqlalchemy import Connection, select
+
+from leases import dialects, limits, statements
+from leases.fencing import fence, named
+from leases.model import JSON, Appended, Event, Lease, RecordedEvent
+from leases.operations import put_checkpoint
+from leases.schema import lease_events
+
+
+def append(
+    connection: Connection,
+    lease: Lease,
+    events: Iterable[Event] | Mapping[str, JSON],
+    *,
+    checkpoint: JSON = None,
+) -> Appended:
+    """Append events to the lease's stream under the fence, in their order, and write the checkpoint if it is not None.
+
+    Events come as `Event`s, or as a mapping of event_id to payload. One whose event_id is in the stream already (or
+    earlier in this batch) is left out, and named in the answer: so a repeated call is harmless. `StaleToken` if the
+    lease is not live: the transaction is then rolled back. All events of the batch commit, or none.
+    """
+    if isinstance(events, Mapping):
+        events = (Event(event_id, payload) for event_id, payload in events.items())
+    offered: dict[str, str] = {}
+    duplicates = []
+    for event in events:
+        if limits.event_id(event.event_id) in offered:
+            duplicates.append(event.event_id)
+        else:
+            offered[event.event_id] = limits.document(f"the payload of event {event.event_id!r}", event.payload)
+    if checkpoint is not None:
+        limits.document("checkpoint", checkpoint)
+    fence(connection, lease)
+    dialect = dialects.name_of(connection)
+    given = dialects.events_given(dialect, list(offered.items()))
+    new = {
+        row.event_id: row.seq
+        for row in connection.execute(statements.append_events(dialect), {**named(lease), **given})
+    }
+    if checkpoint is not None:
+        put_checkpoint(connection, lease, checkpoint)
+    last_seq = (
+        max(new.values(), default=0)
+        or connection.execute(statements.LAST_SEQ, {"stream": lease.stream_id}).scalar_one()
+    )
+    duplicates += [event_id for event_id in offered if event_id not in new]
+    return Appended(len(new), tuple(duplicates), last_seq)
+
+
+def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: int = 1000) -> list[RecordedEvent]:
+    """A page of a stream's events in commit order: those after `after_seq`, up to `limit`."""
+    columns = lease_events.c
+    chosen = (
+        select(
+            columns.stream_id,
+            columns.event_id,
+            columns.seq,
+            columns.fencing_token,
+            columns.recorded_at,
+            columns.payload,
+        )
+        .where(columns.stream_id == limits.stream_id(stream_id), columns.seq > after_seq)
+        .order_by(columns.seq)
+        .limit(limits.count("limit", limit))
+    )
+    return [RecordedEvent(*row) for row in connection.execute(chosen)]

@@ -1,0 +1,134 @@
+"""The fence: the check, inside the writer's own transaction, that its token is the stream's current one.
+
+A lease alone is not safe. A process can look at its lease, be paused (a garbage collection, a SIGSTOP, a VM that
+moves), lose the lease, wake up and write. The fence closes that gap, because check and write commit together:
+
+    with engine.begin() as connection:
+        fence(connection, lease)                       # StaleToken, and the transaction is rolled back; or:
+        connection.execute(insert(results).values(…))  # nobody is granted the stream before this commits
+
+What it promises: if `fence` returns, no grant, steal or expire of that stream commits before this transaction ends;
+and at the moment of the check the token was current, the owner the row's, and the lease unexpired. It holds at every
+isolation level. Heartbeats pass.
+
+How, on PostgreSQL: the row is locked `FOR KEY SHARE`. A grant raises the token, which is a column of a unique index,
+and so needs `FOR UPDATE`, which waits; a heartbeat needs `FOR NO KEY UPDATE`, which does not. After the lock the expiry
+is compared with the clock as it is *then*. If it passes, the server is told to end this session should it idle in the
+transaction beyond the lease's end (from PostgreSQL 17 on: should the transaction last beyond it), so that a frozen
+writer blocks a takeover no longer than its lease. A caller's own, shorter limits stay. So **a fenced transaction must
+fit into what is left of the lease**: fence late, write, commit.
+
+How, on SQLite: the check is an UPDATE that changes nothing and takes the file's write lock.
+
+What it refuses: autocommit, where the lock would be gone at once; and savepoints, where ROLLBACK TO would give the
+lock back while the writer believes in it.
+
+A sink in another database cannot share the transaction. There `advance_watermark` keeps the highest token it has
+seen, and refuses lower ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Column, Connection, MetaData, PrimaryKeyConstraint, Table, and_, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from leases import dialects, limits, statements
+from leases.errors import ConfigError, StaleToken
+from leases.model import Lease
+from leases.schema import Whole, leases
+from leases.types import Name
+
+
+def fence(connection: Connection, lease: Lease) -> None:
+    """Check that `lease` is current, and keep it so until the connection's transaction ends.
+
+    Call it in the transaction that does the fenced work, before the work. A second call is harmless.
+
+    Raises `StaleToken` (with both tokens) after rolling the whole transaction back, so that nothing of it can be kept
+    by mistake; `ConfigError` outside a transaction, in autocommit mode or within a savepoint. Under REPEATABLE READ
+    and SERIALIZABLE a grant that was committed since the transaction's first statement shows as the
+    database's serialization failure (SQLSTATE 40001), as any other conflict does.
+    """
+    if connection.in_nested_transaction():
+        raise ConfigError("fence inside a savepoint does not hold: call it in the outermost transaction")
+    fencing = _fence_postgresql if dialects.name_of(connection) == dialects.POSTGRESQL else _fence_sqlite
+    passed = fencing(connection, named(lease))
+    if not dialects.in_transaction(connection):
+        raise ConfigError("fence needs a transaction, and this connection is in autocommit mode")
+    if not passed:
+        raise refused(connection, lease)
+
+
+def named(lease: Lease) -> dict[str, Any]:
+    """The parameters by which every message names its grant."""
+    return {"stream": lease.stream_id, "token": lease.fencing_token, "holder": lease.owner}
+
+
+def refused(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
+    """Roll the transaction back, and return the error that says who is current."""
+    current = connection.execute(
+        select(owners.c.fencing_token, owners.c.owner).where(owners.c.stream_id == lease.stream_id)
+    ).one_or_none()
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        transaction.rollback()
+    token, owner = current if current is not None else (None, None)
+    return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
+
+
+def _fence_postgresql(connection: Connection, grant: dict[str, Any]) -> bool:
+    version = (connection.dialect.server_version_info or (13,))[0]
+    checked = connection.execute(statements.fence(version), grant).one_or_none()
+    if checked is None or checked.left_s <= 0:
+        return False
+    if not checked.outermost and connection.execute(statements.SAVEPOINTS).scalar_one():
+        raise ConfigError("fence inside a savepoint does not hold: call it in the outermost transaction")
+    return True
+
+
+def _fence_sqlite(connection: Connection, grant: dict[str, Any]) -> bool:
+    return connection.execute(statements.FENCE_SQLITE, grant).one_or_none() is not None
+
+
+# --- a sink in another database --------------------------------------------------------------------------------
+
+
+def watermark_table(metadata: MetaData, name: str = "lease_watermarks", *, schema: str | None = None) -> Table:
+    """Define the table of watermarks for a sink: add it to that database's own migrations."""
+    return Table(
+        name,
+        metadata,
+        Column("stream_id", Name, nullable=False),
+        Column("fencing_token", Whole, nullable=False),
+        Column("owner", Name, nullable=False),
+        PrimaryKeyConstraint("stream_id", name=f"{name}_pkey"),
+        schema=schema,
+        sqlite_strict=True,
+    )
+
+
+def advance_watermark(connection: Connection, watermarks: Table, lease: Lease) -> None:
+    """Accept a write in a sink that cannot see the lease table, if no later token has written there before.
+
+    Call it in the sink's own transaction, before the write. It lets a token pass that is higher than any before, or
+    equal and of the same owner; it raises `StaleToken` otherwise, after rolling the transaction back. It
+    cannot know of an expiry: until the next owner's first write, an expired owner's writes still pass.
+    """
+    limits.stream_id(lease.stream_id)
+    build: Any = postgresql.insert if dialects.name_of(connection) == dialects.POSTGRESQL else sqlite.insert
+    statement = build(watermarks).values(
+        stream_id=lease.stream_id, fencing_token=lease.fencing_token, owner=lease.owner
+    )
+    seen, offered = watermarks.c, statement.excluded
+    statement = statement.on_conflict_do_update(
+        index_elements=[seen.stream_id],
+        set_={"fencing_token": offered.fencing_token, "owner": offered.owner},
+        where=or_(
+            seen.fencing_token < offered.fencing_token,
+            and_(seen.fencing_token == offered.fencing_token, seen.owner == offered.owner),
+        ),
+    ).returning(seen.fencing_token)
+    if connection.execute(statement).one_or_none() is None:
+        raise refused(connection, lease, watermarks)

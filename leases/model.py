@@ -1,0 +1,258 @@
+"""The values: frozen, without behaviour that needs a database.
+
+Every time in them is aware, in UTC, and the *database's*; none was read from this machine's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final
+from uuid import UUID
+
+JSON = Any
+"""Whatever `json.dumps` takes: None, bool, int, float, str, and lists and dicts of them."""
+
+DEFAULT_POOL: Final = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One grant as its owner knows it: what every heartbeat, fence and release must name.
+
+    `expires_at` is exclusive: at `expires_at == now` the lease has expired. `remaining` is how long it had to
+    live by the database's clock when the database answered; count it from *before* the request was sent.
+    """
+
+    stream_id: str
+    owner: str
+    fencing_token: int
+    expires_at: datetime
+    acquired_at: datetime
+    pool: str
+    remaining: timedelta
+
+
+class State(StrEnum):
+    """What an operator wants to know of a stream first."""
+
+    HELD = "held"
+    EXPIRED = "expired"
+    FREE = "free"
+    PAUSED = "paused"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseInfo:
+    """A row of the lease table, as an observer sees it at `seen_at` (the database's clock).
+
+    `live` says whether the lease was held and unexpired then. A paused or retired stream may still be live: its
+    owner is about to end its work. `available_at`, `failures` and `last_error` are the backoff of a stream whose
+    handler fails.
+    """
+
+    stream_id: str
+    owner: str | None
+    expires_at: datetime | None
+    fencing_token: int
+    pool: str
+    acquired_at: datetime | None
+    claim_id: UUID | None
+    available_at: datetime
+    failures: int
+    last_error: str | None
+    paused_at: datetime | None
+    paused_by: str | None
+    pause_reason: str | None
+    registered_at: datetime
+    retired_at: datetime | None
+    live: bool
+    seen_at: datetime
+
+    @property
+    def state(self) -> State:
+        if self.retired_at is not None:
+            return State.RETIRED
+        if self.paused_at is not None:
+            return State.PAUSED
+        if self.owner is None:
+            return State.FREE
+        return State.HELD if self.live else State.EXPIRED
+
+    @property
+    def remaining(self) -> timedelta | None:
+        """Time left on the lease when it was seen (negative: expired so long ago); None when nobody holds it."""
+        return None if self.expires_at is None else self.expires_at - self.seen_at
+
+
+class EndReason(StrEnum):
+    """How a grant ended."""
+
+    RELEASED = "released"
+    EXPIRED = "expired"
+    STOLEN = "stolen"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """One term of ownership, from the acquire that raised the token to its end.
+
+    `ended_at` is None while nobody has ended the grant; its owner may be dead all the same: then the lease is past
+    its `expires_at`, which is the row's while the grant is the stream's last one, and None afterwards.
+    """
+
+    stream_id: str
+    fencing_token: int
+    owner: str
+    granted_at: datetime
+    ended_at: datetime | None
+    end_reason: EndReason | None
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where the work on a stream has got to: kept across owners, written only under the fence."""
+
+    stream_id: str
+    checkpoint: JSON
+    fencing_token: int
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event to append. `event_id` is the producer's idempotency key: the second of its name is left out."""
+
+    event_id: str
+    payload: JSON
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An event of the log. `seq` counts the events of its stream from 1, without gaps, in commit order."""
+
+    stream_id: str
+    event_id: str
+    seq: int
+    fencing_token: int
+    recorded_at: datetime
+    payload: JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What an append did: how many events are new, which were there before, and the stream's last `seq`."""
+
+    count: int
+    duplicates: tuple[str, ...]
+    last_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """What an operator did to a stream."""
+
+    at: datetime
+    actor: str
+    action: str
+    stream_id: str | None
+    token_before: int | None
+    token_after: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a process that keeps leases says of itself, with its every heartbeat."""
+
+    worker_id: str
+    host: str
+    pid: int
+    version: str
+    pool: str | None = None
+    capacity: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A row of the fleet, as an observer sees it at `seen_at` (the database's clock)."""
+
+    worker_id: str
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    expires_at: datetime
+    state: str
+    pool: str | None
+    capacity: int | None
+    weight: float
+    lease_count: int
+    seen_at: datetime
+
+    @property
+    def live(self) -> bool:
+        return self.expires_at > self.seen_at
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """A database session that holds a lease's row: whom an operator must wait for, or end."""
+
+    pid: int
+    application: str
+    user: str
+    address: str
+    state: str
+    since: datetime
+
+
+class Loss(StrEnum):
+    """Why a session lost its lease."""
+
+    EXPIRED = "expired"
+    TAKEN = "taken"
+    REVOKED = "revoked"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """The answer to a heartbeat: only what went otherwise than hoped, by stream_id.
+
+    `skipped`: still mine, but its row was locked: not extended, try again with the next beat. `lost`: no longer
+    mine. `ending`: extended, but paused or retired: finish, then release. `worker_known`: the worker's own row was
+    there and has been extended (or none was asked for).
+    """
+
+    skipped: frozenset[str]
+    lost: Mapping[str, Loss]
+    ending: frozenset[str]
+    worker_known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A lease as an operator's first step found it, and ended it: what the second step must supersede."""
+
+    stream_id: str
+    owner: str | None
+    fencing_token: int
+    live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """How many rows a prune deleted, by table."""
+
+    grants: int
+    events: int
+    audit: int
+    checkpoints: int
+    workers: int

@@ -1,0 +1,199 @@
+"""What takes more than one transaction, as steps: each recipe is a generator that says what to do next.
+
+A recipe decides; the stores act, `LeaseStore` with threads and `AsyncLeaseStore` with tasks. So each is written once:
+
+    step            answered with
+    Do(call)        what the call returned, in a transaction of its own
+    Wait(call, …)   the same; if it takes too long: who blocks it, and `LeaseHeld`
+    Sleep(s)        nothing, after so long
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from random import random
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection
+
+from leases import administration, limits, operations
+from leases.errors import ConfigError
+from leases.model import DEFAULT_POOL, Lease, Observed, Pruned
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """Run a call in a transaction of its own; `call(connection, attempt)`, the first attempt is 1."""
+
+    call: Callable[[Connection, int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Run a call that may wait for other sessions, no longer than `timeout`; `refusal` says what stands if it does."""
+
+    call: Callable[[Connection, int], Any]
+    stream_id: str
+    timeout_s: float
+    refusal: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Wait."""
+
+    seconds: float
+
+
+Step = Do | Wait | Sleep
+Recipe = Generator[Step, Any, Any]
+
+NO_WAIT = timedelta(0)
+DEFAULT_TIMEOUT = timedelta(seconds=10)
+
+
+def acquire(
+    clock: Clock,
+    stream_id: str,
+    *,
+    owner: str,
+    ttl: timedelta,
+    pool: str = DEFAULT_POOL,
+    wait: timedelta = NO_WAIT,
+    claim_id: UUID | None = None,
+) -> Generator[Step, Any, Lease | None]:
+    """Take the lease on one stream, asking again for up to `wait` while somebody else holds it; None if that fails.
+
+    See `operations.acquire` for what one attempt does. `claim_id` names the whole call: repeating it with the same one
+    returns the same grant while that is live.
+    """
+    if not isinstance(wait, timedelta) or wait < NO_WAIT:
+        raise ConfigError(f"wait must be a timedelta that is not negative, not {wait!r}")
+    give_up_at = clock() + wait.total_seconds()
+    claim = claim_id or uuid4()
+    call = partial(operations.acquire, stream_id=stream_id, owner=owner, ttl=ttl, pool=pool, claim_id=claim)
+    pause_s = 0.02
+    while True:
+        lease: Lease | None = yield Do(lambda connection, _: call(connection))
+        left_s = give_up_at - clock()
+        if lease is not None or left_s <= 0:
+            return lease
+        yield Sleep(min(left_s, pause_s * (0.5 + random())))
+        pause_s = min(pause_s * 1.5, 0.5)
+
+
+def claim(
+    clock: Clock,
+    *,
+    owner: str,
+    ttl: timedelta,
+    limit: int,
+    pool: str = DEFAULT_POOL,
+    claim_id: UUID | None = None,
+) -> Generator[Step, Any, list[Lease]]:
+    """Take up to `limit` streams of a pool that are free, or whose dead owner's lease has expired.
+
+    See `operations.claim`. An attempt whose answer was lost is resolved: its grants are returned, not new ones.
+    """
+    call = partial(operations.claim, owner=owner, ttl=ttl, limit=limit, pool=pool, claim_id=claim_id or uuid4())
+    repeated = claim_id is not None
+    granted: list[Lease] = yield Do(lambda connection, attempt: call(connection, repeated=repeated or attempt > 1))
+    return granted
+
+
+def expire(
+    clock: Clock,
+    stream_id: str,
+    *,
+    actor: str,
+    reason: str | None = None,
+    fencing_token: int | None = None,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    force: bool = False,
+) -> Generator[Step, Any, int]:
+    """End a lease now and leave the stream free; return its new token. Back means: nothing stale can commit any more.
+
+    Waits up to `timeout` for fenced writes in flight; then `LeaseHeld` names the sessions that hold the row: the
+    lease has ended and no new write passes, but theirs still may. `force` ends those sessions (PostgreSQL).
+    `fencing_token` names the grant that is meant: `LeaseNotHeld` if it is not the current one, or nobody holds it.
+    """
+    observed = yield from _end_now(clock, stream_id, actor, fencing_token, timeout, must_be_held=True)
+    call = partial(administration.revoke, actor=actor, reason=reason)
+    token: int = yield _fenced(observed, call, timeout, force)
+    return token
+
+
+def steal(
+    clock: Clock,
+    stream_id: str,
+    *,
+    to: str,
+    ttl: timedelta,
+    actor: str,
+    reason: str | None = None,
+    fencing_token: int | None = None,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    force: bool = False,
+) -> Generator[Step, Any, Lease]:
+    """Move a lease to a named owner, whoever holds it; back means: nothing under the old token can commit any more.
+
+    The new owner has the lease for `ttl`, and must renew it as any other. Waits and refuses as `expire` does.
+    """
+    limits.owner(to)
+    limits.ttl(ttl)
+    observed = yield from _end_now(clock, stream_id, actor, fencing_token, timeout, must_be_held=False)
+    call = partial(administration.hand_over, to=to, ttl=ttl, claim_id=uuid4(), actor=actor, reason=reason)
+    lease: Lease = yield _fenced(observed, call, timeout, force)
+    return lease
+
+
+def _end_now(
+    clock: Clock,
+    stream_id: str,
+    actor: str,
+    fencing_token: int | None,
+    timeout: timedelta,
+    *,
+    must_be_held: bool,
+) -> Generator[Step, Any, Observed]:
+    limits.text("actor", actor)
+    if not isinstance(timeout, timedelta) or timeout <= NO_WAIT:
+        raise ConfigError(f"timeout must be a timedelta greater than 0, not {timeout!r}")
+    call = partial(administration.end_now, stream_id=stream_id, fencing_token=fencing_token, must_be_held=must_be_held)
+    observed: Observed = yield Wait(
+        lambda connection, _: call(connection), stream_id, timeout.total_seconds(), "nothing was changed"
+    )
+    return observed
+
+
+def _fenced(observed: Observed, call: Callable[[Connection, Observed], Any], timeout: timedelta, force: bool) -> Wait:
+    return Wait(
+        lambda connection, _: call(connection, observed),
+        observed.stream_id,
+        timeout.total_seconds(),
+        "expired, not yet fenced: no new write passes, but one in flight may still commit",
+        force,
+    )
+
+
+def prune(clock: Clock, *, before: datetime) -> Generator[Step, Any, Pruned]:
+    """Delete what ended before an instant, a batch of rows a transaction; return how many rows of each table.
+
+    See `administration.prune` for what goes. Never a row that carries a token.
+    """
+    if before.tzinfo is None:
+        raise ConfigError("before needs a time zone: the database's times are in UTC")
+    counts = [0, 0, 0, 0, 0]
+    while True:
+        batch: Pruned = yield Do(lambda connection, _: administration.prune(connection, before=before))
+        deleted = [batch.grants, batch.events, batch.audit, batch.checkpoints, batch.workers]
+        counts = [total + more for total, more in zip(counts, deleted, strict=True)]
+        if not any(deleted):
+            return Pruned(*counts)

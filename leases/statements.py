@@ -1,0 +1,450 @@
+"""The SQL of the protocol: pure, built once, run by `operations`. Nothing here touches a database.
+
+Every statement that changes who owns a stream is a compare-and-swap: the rule is in its WHERE, the answer in its
+RETURNING. On PostgreSQL the rows are first locked in a MATERIALIZED CTE, then updated, in one statement:
+
+- *skip locked*: whoever claims never waits for a fenced write in flight, nor for another claimer;
+- *lock first*: a plain UPDATE that waited for a lock does not look at its WHERE again when the lock's holder rolled
+  back, and so would revive a lease that expired while it waited.
+
+SQLite has one writer, who holds the whole file (BEGIN IMMEDIATE), so that the same statements, without their lock
+clauses, say the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    Boolean,
+    ColumnElement,
+    Double,
+    Integer,
+    Interval,
+    Label,
+    Select,
+    Text,
+    Update,
+    and_,
+    bindparam,
+    case,
+    cast,
+    column,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    table,
+    true,
+    tuple_,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+
+from leases import limits
+from leases.dialects import (
+    POSTGRESQL,
+    events_offered,
+    grants_asked,
+    later,
+    names_given,
+    now,
+    one_of,
+    seconds,
+    seconds_of,
+    wall,
+)
+from leases.schema import lease_checkpoints, lease_events, lease_workers, leases
+from leases.types import Document, Identity
+
+# Parameters, named as no column is (SQLAlchemy keeps those names for itself).
+STREAM: ColumnElement[str] = bindparam("stream", type_=Text)
+HOLDER: ColumnElement[str] = bindparam("holder", type_=Text)
+TOKEN: ColumnElement[int] = bindparam("token", type_=leases.c.fencing_token.type)
+TTL: ColumnElement[float] = bindparam("ttl", type_=Double)
+CLAIM: ColumnElement[Any] = bindparam("claim", type_=Identity)
+IN_POOL: ColumnElement[str] = bindparam("in_pool", type_=Text)
+AT_MOST: ColumnElement[int] = bindparam("at_most", type_=Integer)
+
+LIVE = and_(leases.c.owner.is_not(None), leases.c.expires_at > now())
+"""Held and unexpired: at `expires_at == now` a lease has expired."""
+
+EXPIRED = or_(
+    leases.c.expires_at <= now(),
+    leases.c.expires_at > later(literal_column(str(limits.MAX_TTL.total_seconds()))),
+)
+"""Past its end; or further away than any lease can be: the clock was set back, and nobody was promised that."""
+
+OPEN = and_(leases.c.paused_at.is_(None), leases.c.retired_at.is_(None))
+"""Neither paused nor retired: may be granted."""
+
+MINE = and_(leases.c.stream_id == STREAM, leases.c.fencing_token == TOKEN, leases.c.owner == HOLDER)
+"""The grant that the caller names: stream, token and owner, never the owner alone."""
+
+DURABLE: Label[Any] = case(
+    (func.current_setting("synchronous_commit") == "off", func.set_config("synchronous_commit", "on", true()))
+).label("durable")
+"""Make this transaction's commit durable on a server that commits without waiting for its disk."""
+
+REMAINING: Label[float] = seconds(leases.c.expires_at, now()).label("remaining_s")
+
+GRANTED = (
+    leases.c.stream_id,
+    leases.c.owner,
+    leases.c.fencing_token,
+    leases.c.expires_at,
+    leases.c.acquired_at,
+    leases.c.pool,
+    REMAINING,
+)
+"""The columns of which `operations` makes a `Lease`."""
+
+
+def _locked(rows: Select[Any], name: str) -> CTE:
+    """The rows, locked for a grant without waiting; those that somebody else has locked are not among them."""
+    cte = rows.with_for_update(skip_locked=True, of=leases).cte(name)
+    return cte.prefix_with("MATERIALIZED", dialect=POSTGRESQL)
+
+
+def _grant(candidates: CTE) -> ReturningUpdate[Any]:
+    return (
+        update(leases)
+        .where(one_of(leases.c.stream_id, select(candidates.c.stream_id).scalar_subquery()))
+        .values(
+            owner=HOLDER,
+            expires_at=later(TTL),
+            fencing_token=leases.c.fencing_token + 1,
+            acquired_at=now(),
+            claim_id=CLAIM,
+        )
+        .returning(*GRANTED)
+    )
+
+
+# --- grants ----------------------------------------------------------------------------------------------------
+
+ACQUIRE = _grant(
+    _locked(
+        select(leases.c.stream_id).where(leases.c.stream_id == STREAM, OPEN, or_(leases.c.owner.is_(None), EXPIRED)),
+        "candidate",
+    )
+)
+"""Take one stream if nobody holds it."""
+
+GRANTED_BEFORE = select(*GRANTED).where(
+    leases.c.stream_id == STREAM, leases.c.claim_id == CLAIM, leases.c.owner == HOLDER, LIVE
+)
+"""The grant that an earlier attempt of the same acquire got, its answer lost."""
+
+CLAIMED_BEFORE = select(*GRANTED).where(leases.c.owner == HOLDER, leases.c.claim_id == CLAIM, LIVE)
+"""The same for a claim."""
+
+
+def _claim() -> ReturningUpdate[Any]:
+    free = _locked(
+        select(leases.c.stream_id)
+        .where(
+            leases.c.pool == IN_POOL,
+            leases.c.owner.is_(None),
+            OPEN,
+            leases.c.available_at <= now(),
+        )
+        .order_by(leases.c.available_at, leases.c.stream_id)
+        .limit(AT_MOST),
+        "free",
+    )
+    # The owners, one index look-up each: nothing here reads all leases.
+    first = select(func.min(leases.c.owner).label("owner")).where(leases.c.owner.is_not(None))
+    owners = first.cte("owners", recursive=True)
+    following = select(func.min(leases.c.owner)).where(leases.c.owner > owners.c.owner).scalar_subquery()
+    owners = owners.union_all(select(following).where(owners.c.owner.is_not(None)))
+    alive = exists().where(lease_workers.c.worker_id == owners.c.owner, lease_workers.c.expires_at > now())
+    # A live worker looks after its own rows; the claimer is that worker for its own.
+    dead = select(owners.c.owner).where(owners.c.owner.is_not(None), or_(owners.c.owner == HOLDER, not_(alive)))
+    left = _locked(
+        select(leases.c.stream_id)
+        .where(one_of(leases.c.owner, dead.scalar_subquery()), leases.c.pool == IN_POOL, OPEN, EXPIRED)
+        .limit(AT_MOST - select(func.count()).select_from(free).scalar_subquery()),
+        "left_behind",
+    )
+    candidates = union_all(select(free.c.stream_id), select(left.c.stream_id)).cte("candidate")
+    return _grant(candidates)
+
+
+CLAIM_FREE = _claim()
+"""Take up to so many streams of a pool: those that are free first, then those whose dead owner's lease expired."""
+
+
+@cache
+def register(dialect: str) -> ReturningInsert[Any]:
+    """Insert the streams that the table does not know. Those that it knows are not touched, nor locked."""
+    named = names_given(dialect, "stream_ids").subquery("given")
+    (name,) = named.c
+    unknown = select(name, IN_POOL, now(), now()).where(not_(exists().where(leases.c.stream_id == name))).order_by(name)
+    columns = ["stream_id", "pool", "available_at", "registered_at"]
+    # SQLite's guard against INSERT OR REPLACE forbids any insert of a stream that is there; NOT EXISTS keeps away.
+    build = postgresql.insert(leases).from_select(columns, unknown)
+    statement = (
+        build.on_conflict_do_nothing() if dialect == POSTGRESQL else insert(leases).from_select(columns, unknown)
+    )
+    return statement.returning(leases.c.stream_id)
+
+
+@cache
+def reinstate(dialect: str) -> ReturningUpdate[Any]:
+    """Bring back the retired among the streams, into the pool that is asked for."""
+    return (
+        update(leases)
+        .where(
+            one_of(leases.c.stream_id, names_given(dialect, "stream_ids").scalar_subquery()),
+            leases.c.retired_at.is_not(None),
+        )
+        .values(retired_at=None, pool=IN_POOL, available_at=now())
+        .returning(leases.c.stream_id)
+    )
+
+
+# --- heartbeat -------------------------------------------------------------------------------------------------
+
+RENEWABLE = and_(leases.c.owner == HOLDER, leases.c.expires_at > now())
+
+# The moment itself: SQLite 3.40 says 1 for any `x IS NOT NULL` in RETURNING.
+ENDING: Label[Any] = func.coalesce(leases.c.paused_at, leases.c.retired_at).label("ending")
+
+
+@cache
+def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
+    """Extend a batch of leases, and the worker's own row.
+
+    PostgreSQL answers with what went otherwise than hoped, as rows `(stream_id, renewed, ending)`, and with a last row
+    whose stream_id is null and whose `renewed` says whether the worker's row was there. SQLite, which cannot
+    update inside a CTE, answers with a row for each lease that it extended.
+    """
+    asked = grants_asked(dialect)
+    if dialect != POSTGRESQL:
+        return (
+            update(leases)
+            .where(
+                tuple_(leases.c.stream_id, leases.c.fencing_token).in_(
+                    select(asked.c.stream_id, asked.c.fencing_token)
+                ),
+                RENEWABLE,
+            )
+            .values(expires_at=later(TTL))
+            .returning(leases.c.stream_id, ENDING)
+        )
+    locked = (
+        select(leases.c.stream_id)
+        .select_from(asked.join(leases, leases.c.stream_id == asked.c.stream_id))
+        .where(leases.c.fencing_token == asked.c.fencing_token, RENEWABLE)
+        .order_by(leases.c.stream_id)
+        .with_for_update(key_share=True, skip_locked=True, of=leases)
+        .cte("locked")
+        .prefix_with("MATERIALIZED")
+    )
+    renewed = (
+        update(leases)
+        .where(leases.c.stream_id == locked.c.stream_id)
+        .values(expires_at=later(TTL))
+        .returning(leases.c.stream_id, ENDING)
+        .cte("renewed")
+    )
+    own = (
+        select(lease_workers.c.worker_id)
+        .where(lease_workers.c.worker_id == HOLDER)
+        .with_for_update(key_share=True, skip_locked=True)
+        .cte("own")
+        .prefix_with("MATERIALIZED")
+    )
+    worker = (
+        _beat().where(lease_workers.c.worker_id == own.c.worker_id).returning(lease_workers.c.worker_id).cte("worker")
+    )
+    otherwise = (
+        select(asked.c.stream_id, renewed.c.stream_id.is_not(None).label("renewed"), renewed.c.ending)
+        .select_from(asked.outerjoin(renewed, renewed.c.stream_id == asked.c.stream_id))
+        .where(or_(renewed.c.stream_id.is_(None), renewed.c.ending.is_not(None)))
+    )
+    known = select(null(), exists(select(worker.c.worker_id)), null())
+    return select(union_all(otherwise, known).subquery("answer"), DURABLE)
+
+
+def _beat() -> Update:
+    return update(lease_workers).values(expires_at=later(TTL), lease_count=bindparam("held", type_=Integer))
+
+
+WORKER_BEAT = _beat().where(lease_workers.c.worker_id == HOLDER)
+"""The worker's own row alone: what a heartbeat does on SQLite beside its leases."""
+
+
+def _enlist() -> Any:
+    columns = ("worker_id", "host", "pid", "version", "pool", "capacity", "weight")
+    build = postgresql.insert(lease_workers).values(
+        {name: bindparam(f"its_{name}", type_=lease_workers.c[name].type) for name in columns}
+        | {"started_at": now(), "expires_at": later(TTL)}
+    )
+    return build.on_conflict_do_update(
+        index_elements=[lease_workers.c.worker_id], set_={"expires_at": build.excluded.expires_at}
+    )
+
+
+ENLIST = _enlist()
+"""Insert the worker's row, or extend it where it is there."""
+
+
+@cache
+def look(dialect: str) -> Select[Any]:
+    """Who has the grants of a batch now: what became of those that a heartbeat did not extend."""
+    asked = grants_asked(dialect)
+    return select(
+        asked.c.stream_id,
+        asked.c.fencing_token,
+        leases.c.owner,
+        leases.c.fencing_token.label("current_token"),
+        func.coalesce(leases.c.expires_at > now(), literal(False)).label("live"),
+    ).select_from(asked.outerjoin(leases, leases.c.stream_id == asked.c.stream_id))
+
+
+# --- release ---------------------------------------------------------------------------------------------------
+
+RELEASE = (
+    update(leases)
+    .where(MINE)
+    .values(
+        owner=None,
+        expires_at=None,
+        available_at=later(bindparam("backoff", type_=Double)),
+        failures=case((bindparam("error", type_=Text).is_not(None), leases.c.failures + 1), else_=0),
+        last_error=bindparam("error", type_=Text),
+    )
+    .returning(leases.c.stream_id)
+)
+"""Let one grant go. The token stays. Does not wait for fenced writes in flight: they commit before the next grant."""
+
+
+# --- fence -----------------------------------------------------------------------------------------------------
+
+
+def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
+    """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
+    of_caller = seconds_of(cast(func.current_setting(timeout), Interval))
+    longer = or_(of_caller == 0, of_caller > left)
+    milliseconds = cast(func.greatest(1, func.floor(left * 1000)), Integer)
+    return case(
+        (and_(left > 0, longer), func.set_config(timeout, func.concat(milliseconds, "ms"), true())),
+    )
+
+
+@cache
+def fence(postgresql_version: int) -> Select[Any]:
+    """Check one grant under a lock that lets no other grant commit before this transaction ends (PostgreSQL).
+
+    The lock comes first, the clock is read after it: an expiry that happened while this waited is seen. Only if
+    the check passes are the transaction's time limits shortened, so that the server itself ends a writer at its
+    lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
+    that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
+    """
+    held = (
+        select(leases.c.stream_id, leases.c.expires_at)
+        .where(MINE)
+        .with_for_update(read=True, key_share=True)
+        .cte("held")
+        .prefix_with("MATERIALIZED")
+    )
+    checked = (
+        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s"))
+        .cte("checked")
+        .prefix_with("MATERIALIZED")
+    )
+    same = leases.alias("same")
+    locker = (
+        select(literal_column("same.xmax = pg_current_xact_id()::xid", Boolean))
+        .where(same.c.stream_id == checked.c.stream_id)
+        .scalar_subquery()
+    )
+    timeouts = ["idle_in_transaction_session_timeout"] + ["transaction_timeout"] * (postgresql_version >= 17)
+    return select(
+        checked.c.left_s,
+        func.coalesce(locker, literal(False)).label("outermost"),
+        *(_shortened(timeout, checked.c.left_s).label(timeout) for timeout in timeouts),
+    )
+
+
+SAVEPOINTS = (
+    select(func.count() - 1)
+    .select_from(table("pg_locks", column("pid"), column("locktype"), column("mode")))
+    .where(
+        column("pid") == func.pg_backend_pid(),
+        column("locktype") == "transactionid",
+        column("mode") == "ExclusiveLock",
+    )
+)
+"""How many savepoints with work in them surround a lock that this transaction has just taken (PostgreSQL)."""
+
+FENCE_SQLITE = (
+    update(leases).where(MINE, leases.c.expires_at > now()).values(expires_at=leases.c.expires_at).returning(REMAINING)
+)
+"""Check one grant and take the file's write lock in one step: nobody can grant anything before this commits."""
+
+
+# --- checkpoints and events ------------------------------------------------------------------------------------
+
+
+def _put_checkpoint() -> Any:
+    build = postgresql.insert(lease_checkpoints).values(
+        stream_id=STREAM,
+        fencing_token=TOKEN,
+        checkpoint=bindparam("position", type_=Document),
+        updated_at=now(),
+    )
+    return build.on_conflict_do_update(
+        index_elements=[lease_checkpoints.c.stream_id],
+        set_={name: build.excluded[name] for name in ("fencing_token", "checkpoint", "updated_at")},
+        where=lease_checkpoints.c.fencing_token <= build.excluded.fencing_token,
+    ).returning(lease_checkpoints.c.fencing_token)
+
+
+PUT_CHECKPOINT = _put_checkpoint()
+"""Write a stream's checkpoint. The caller has fenced; a row of a later token is left alone all the same."""
+
+
+@cache
+def append_events(dialect: str) -> ReturningInsert[Any]:
+    """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`."""
+    offered = events_offered(dialect)
+    last = (
+        select(func.coalesce(func.max(lease_events.c.seq), 0).label("seq"))
+        .where(lease_events.c.stream_id == STREAM)
+        .cte("last")
+        .prefix_with("MATERIALIZED")
+    )
+    known = exists().where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
+    fresh = (
+        select(
+            STREAM,
+            offered.c.event_id,
+            select(last.c.seq).scalar_subquery() + func.row_number().over(order_by=offered.c.position),
+            TOKEN,
+            now(),
+            offered.c.payload,
+        )
+        .where(not_(known))
+        .order_by(offered.c.position)
+    )
+    return (
+        insert(lease_events)
+        .from_select(["stream_id", "event_id", "seq", "fencing_token", "recorded_at", "payload"], fresh)
+        .returning(lease_events.c.event_id, lease_events.c.seq)
+    )
+
+
+LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)
+"""The number of the stream's last event."""
