@@ -426,12 +426,9 @@ class AsyncLeaseStore:
         self._tables.check_file()
         with _translated(self.url):
             async with self.engine.connect() as connection:
-                return await connection.run_sync(
-                    _transact,
-                    self.url,
-                    functools.partial(_checked, self._tables, call),
-                    watch and watch.busy_ms,
-                )
+                checked = functools.partial(_checked, self._tables, call)
+                busy_ms = None if watch is None else watch.busy_ms
+                return await connection.run_sync(lambda sync: _transact(sync, self.url, checked, busy_ms))
 
     async def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):
