@@ -13,7 +13,9 @@ from leases.errors import (
     StoreUnavailable,
 )
 from leases.fencing import advance_watermark, fence, watermark_table
-from leases.model import Event, Grant, Lease, LeaseInfo
+from leases.keeper import Health
+from leases.model import Event, Grant, Lease, LeaseInfo, Loss
+from leases.registry import SessionRegistry, StreamSession
 from leases.store import AsyncEventLog, AsyncLeaseStore, EventLog, LeaseStore
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Event",
     "EventLog",
     "Grant",
+    "Health",
     "Lease",
     "LeaseHeld",
     "LeaseInfo",
@@ -30,11 +33,14 @@ __all__ = [
     "LeaseNotHeld",
     "LeaseStore",
     "LeasesError",
+    "Loss",
     "OutcomeUnknown",
     "SchemaOutdated",
+    "SessionRegistry",
     "StaleToken",
     "StoreError",
     "StoreUnavailable",
+    "StreamSession",
     "advance_watermark",
     "fence",
     "watermark_table",

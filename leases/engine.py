@@ -82,6 +82,18 @@ def create_async_engine(url: str | URL, **options: Any) -> AsyncEngine:
     return engine
 
 
+def dedicated(engine: Engine) -> Engine:
+    """Make an Engine like this one whose connections are its own: an exhausted pool of the caller's does not matter.
+
+    A SQLite database in memory is its one connection; then it is the same Engine.
+    """
+    if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+        return engine
+    if engine.dialect.is_async:
+        return create_engine(engine.url)
+    return Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=engine.hide_parameters)
+
+
 def _arguments(url: URL, colour: int, options: dict[str, Any]) -> tuple[URL]:
     """The URL with the driver's name; fills in the options that were not given."""
     url = url.set(drivername=DRIVERS[url.drivername][colour])
@@ -135,6 +147,9 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
 
 def begin_immediate(connection: Connection) -> None:
     """Begin a SQLite transaction as a writer: from here on nobody else writes to the file."""
+    driver = connection.connection.driver_connection
+    if driver is not None and driver.in_transaction:
+        return  # an engine made of another one inherits its listeners
     busy_ms = connection.get_execution_options().get(BUSY_OPTION)
     if busy_ms is not None:
         connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(busy_ms)}")

@@ -68,20 +68,26 @@ def acquire(
     pool: str = DEFAULT_POOL,
     wait: timedelta = NO_WAIT,
     claim_id: UUID | None = None,
+    before_send: Callable[[], object] = lambda: None,
 ) -> Generator[Step, Any, Lease | None]:
     """Take the lease on one stream, asking again for up to `wait` while somebody else holds it; None if that fails.
 
     See `operations.acquire` for what one attempt does. `claim_id` names the whole call: repeating it with the same one
-    returns the same grant while that is live.
+    returns the same grant while that is live. `before_send` is called before each attempt: count trust from there.
     """
     if not isinstance(wait, timedelta) or wait < NO_WAIT:
         raise ConfigError(f"wait must be a timedelta that is not negative, not {wait!r}")
     give_up_at = clock() + wait.total_seconds()
     claim = claim_id or uuid4()
     call = partial(operations.acquire, stream_id=stream_id, owner=owner, ttl=ttl, pool=pool, claim_id=claim)
+
+    def attempt(connection: Connection, _: int) -> Lease | None:
+        before_send()
+        return call(connection)
+
     pause_s = 0.02
     while True:
-        lease: Lease | None = yield Do(lambda connection, _: call(connection))
+        lease: Lease | None = yield Do(attempt)
         left_s = give_up_at - clock()
         if lease is not None or left_s <= 0:
             return lease
@@ -97,6 +103,7 @@ def claim(
     limit: int,
     pool: str = DEFAULT_POOL,
     claim_id: UUID | None = None,
+    before_send: Callable[[], object] = lambda: None,
 ) -> Generator[Step, Any, list[Lease]]:
     """Take up to `limit` streams of a pool that are free, or whose dead owner's lease has expired.
 
@@ -104,7 +111,12 @@ def claim(
     """
     call = partial(operations.claim, owner=owner, ttl=ttl, limit=limit, pool=pool, claim_id=claim_id or uuid4())
     repeated = claim_id is not None
-    granted: list[Lease] = yield Do(lambda connection, attempt: call(connection, repeated=repeated or attempt > 1))
+
+    def attempt(connection: Connection, number: int) -> list[Lease]:
+        before_send()
+        return call(connection, repeated=repeated or number > 1)
+
+    granted: list[Lease] = yield Do(attempt)
     return granted
 
 

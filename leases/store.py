@@ -16,7 +16,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, Self, TypeVar
@@ -41,6 +41,7 @@ from leases.engine import (
     begin_immediate,
     create_async_engine,
     create_engine,
+    dedicated,
     describe,
     is_busy,
     is_disconnect,
@@ -48,7 +49,8 @@ from leases.engine import (
     translate,
 )
 from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, SchemaOutdated, StoreUnavailable
-from leases.model import Blocker
+from leases.fencing import fence
+from leases.model import Blocker, Lease
 from leases.recipes import Do, Sleep, Step, Wait
 
 P = ParamSpec("P")
@@ -70,8 +72,7 @@ def _own(engine: Engine, schema: str | None) -> Engine:
         if schema is not None:
             raise ConfigError("schema= is for PostgreSQL; SQLite has one schema per file")
         own = engine.execution_options()
-        if not event.contains(engine, "begin", begin_immediate):
-            event.listen(own, "begin", begin_immediate)
+        event.listen(own, "begin", begin_immediate)
         return own
     return engine.execution_options(
         isolation_level="READ COMMITTED", schema_translate_map=None if schema is None else {None: schema}
@@ -103,16 +104,29 @@ def _transact(connection: Connection, url: URL, call: Callable[[Connection], R],
     """Run a call in a transaction, and commit it."""
     if busy_ms is not None:
         connection = connection.execution_options(**{BUSY_OPTION: busy_ms})
-    committing = False
     try:
-        with connection.begin() as transaction:
+        transaction = connection.begin()
+        try:
             result = call(connection)
-            committing = transaction.is_active
-        return result
+        except BaseException:
+            transaction.rollback()
+            raise
     except SQLAlchemyError as error:
         if busy_ms is not None and (is_busy(error) or sqlstate(error) in TIMED_OUT_STATES):
             raise _Blocked from None
-        if committing and is_disconnect(error):
+        raise translate(error, url) from None
+    with _committing(url):
+        transaction.commit()
+    return result
+
+
+@contextmanager
+def _committing(url: URL) -> Iterator[None]:
+    """Tell a COMMIT that failed from one whose answer was lost."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        if is_disconnect(error):
             raise OutcomeUnknown(
                 f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
                 "ask again with the same key, or look"
@@ -286,6 +300,28 @@ class LeaseStore:
         It is run again if the connection breaks, so it must bear repetition.
         """
         return self._retried(lambda connection, _: call(connection))
+
+    @contextmanager
+    def fenced(self, *leases: Lease) -> Iterator[Connection]:
+        """A transaction in which the fence of every lease has passed; it commits at the end of the block.
+
+        `StaleToken` if one has not, and nothing is kept. What the block itself raises passes as it is.
+        """
+        self._tables.check_file()
+        with ExitStack() as stack:
+            with _translated(self.url):
+                connection = stack.enter_context(self.engine.connect())
+                transaction = connection.begin()
+                self._tables.check(connection)
+                for lease in sorted(leases, key=lambda lease: lease.stream_id):
+                    fence(connection, lease)
+            try:
+                yield connection
+            except BaseException:
+                transaction.rollback()
+                raise
+            with _committing(self.url):
+                transaction.commit()
 
     def _retried(self, call: Call[R], watch: _Watch | None = None) -> R:
         for attempt in Retrying(**_retry_options(self.retry_for)):
@@ -467,6 +503,10 @@ class AsyncLeaseStore:
             task.add_done_callback(self._looks.discard)
 
         return asyncio.get_running_loop().call_later(delay_s, start).cancel
+
+    def sync_store(self) -> LeaseStore:
+        """A `LeaseStore` on the same database, with connections of its own: for a `SessionRegistry` beside asyncio."""
+        return LeaseStore(dedicated(self.base_engine.sync_engine), schema=self.schema, retry_for=self.retry_for)
 
     async def close(self) -> None:
         """Close the connections, unless the Engine is the caller's."""
