@@ -1,5 +1,6 @@
 """Who may work on this stream right now, and how does everybody else's write get refused?"""
 
+from leases.async_store import AsyncEventLog, AsyncLeaseStore
 from leases.errors import (
     ConfigError,
     LeaseHeld,
@@ -16,7 +17,7 @@ from leases.fencing import advance_watermark, fence, watermark_table
 from leases.keeper import Health
 from leases.model import Event, Grant, Lease, LeaseInfo, Loss
 from leases.registry import SessionRegistry, StreamSession
-from leases.store import AsyncEventLog, AsyncLeaseStore, EventLog, LeaseStore
+from leases.store import EventLog, LeaseStore
 
 __all__ = [
     "AsyncEventLog",

@@ -23,14 +23,7 @@ from leases.dialects import later, now, one_of
 from leases.errors import LeaseHeld, LeaseNotHeld
 from leases.model import JSON, Lease, LeaseInfo, Observed, Pruned
 from leases.operations import as_lease
-from leases.schema import (
-    lease_audit,
-    lease_checkpoints,
-    lease_events,
-    lease_grants,
-    lease_workers,
-    leases,
-)
+from leases.schema import lease_audit, lease_checkpoints, lease_events, lease_grants, lease_workers, leases
 from leases.statements import GRANTED
 from leases.views import require
 

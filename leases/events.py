@@ -7,14 +7,19 @@ left out, and a takeover resumes at the checkpoint that was committed with the l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, exists, func, insert, not_, select
+from sqlalchemy.sql.dml import ReturningInsert
 
-from leases import dialects, limits, statements
+from leases import dialects, limits
+from leases.dialects import events_offered, now
 from leases.fencing import fence, named
 from leases.model import JSON, Appended, Event, Lease, RecordedEvent
 from leases.operations import put_checkpoint
 from leases.schema import lease_events
+from leases.statements import STREAM, TOKEN
 
 
 def append(
@@ -44,16 +49,10 @@ def append(
     fence(connection, lease)
     dialect = dialects.name_of(connection)
     given = dialects.events_given(dialect, list(offered.items()))
-    new = {
-        row.event_id: row.seq
-        for row in connection.execute(statements.append_events(dialect), {**named(lease), **given})
-    }
+    new = {row.event_id: row.seq for row in connection.execute(_append(dialect), {**named(lease), **given})}
     if checkpoint is not None:
         put_checkpoint(connection, lease, checkpoint)
-    last_seq = (
-        max(new.values(), default=0)
-        or connection.execute(statements.LAST_SEQ, {"stream": lease.stream_id}).scalar_one()
-    )
+    last_seq = max(new.values(), default=0) or connection.execute(LAST_SEQ, {"stream": lease.stream_id}).scalar_one()
     duplicates += [event_id for event_id in offered if event_id not in new]
     return Appended(len(new), tuple(duplicates), last_seq)
 
@@ -75,3 +74,40 @@ def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: i
         .limit(limits.count("limit", limit))
     )
     return [RecordedEvent(*row) for row in connection.execute(chosen)]
+
+
+# --- its statements ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _append(dialect: str) -> ReturningInsert[Any]:
+    """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`."""
+    offered = events_offered(dialect)
+    last = (
+        select(func.coalesce(func.max(lease_events.c.seq), 0).label("seq"))
+        .where(lease_events.c.stream_id == STREAM)
+        .cte("last")
+        .prefix_with("MATERIALIZED")
+    )
+    known = exists().where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
+    fresh = (
+        select(
+            STREAM,
+            offered.c.event_id,
+            select(last.c.seq).scalar_subquery() + func.row_number().over(order_by=offered.c.position),
+            TOKEN,
+            now(),
+            offered.c.payload,
+        )
+        .where(not_(known))
+        .order_by(offered.c.position)
+    )
+    return (
+        insert(lease_events)
+        .from_select(["stream_id", "event_id", "seq", "fencing_token", "recorded_at", "payload"], fresh)
+        .returning(lease_events.c.event_id, lease_events.c.seq)
+    )
+
+
+LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)
+"""The number of the stream's last event."""

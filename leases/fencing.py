@@ -29,15 +29,41 @@ seen, and refuses lower ones.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Column, Connection, MetaData, PrimaryKeyConstraint, Table, and_, or_, select
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ColumnElement,
+    Connection,
+    Integer,
+    Interval,
+    MetaData,
+    PrimaryKeyConstraint,
+    Select,
+    Table,
+    and_,
+    case,
+    cast,
+    column,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    table,
+    true,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
-from leases import dialects, limits, statements
+from leases import dialects, limits
+from leases.dialects import now, seconds, seconds_of, wall
 from leases.errors import ConfigError, StaleToken
 from leases.model import Lease
 from leases.schema import Whole, leases
+from leases.statements import MINE, REMAINING
 from leases.types import Name
 
 
@@ -80,16 +106,81 @@ def refused(connection: Connection, lease: Lease, owners: Table = leases) -> Sta
 
 def _fence_postgresql(connection: Connection, grant: dict[str, Any]) -> bool:
     version = (connection.dialect.server_version_info or (13,))[0]
-    checked = connection.execute(statements.fence(version), grant).one_or_none()
+    checked = connection.execute(_check(version), grant).one_or_none()
     if checked is None or checked.left_s <= 0:
         return False
-    if not checked.outermost and connection.execute(statements.SAVEPOINTS).scalar_one():
+    if not checked.outermost and connection.execute(SAVEPOINTS).scalar_one():
         raise ConfigError("fence inside a savepoint does not hold: call it in the outermost transaction")
     return True
 
 
 def _fence_sqlite(connection: Connection, grant: dict[str, Any]) -> bool:
-    return connection.execute(statements.FENCE_SQLITE, grant).one_or_none() is not None
+    return connection.execute(FENCE_SQLITE, grant).one_or_none() is not None
+
+
+# --- its statements ----------------------------------------------------------------------------------------------
+
+
+def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
+    """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
+    of_caller = seconds_of(cast(func.current_setting(timeout), Interval))
+    longer = or_(of_caller == 0, of_caller > left)
+    milliseconds = cast(func.greatest(1, func.floor(left * 1000)), Integer)
+    return case(
+        (and_(left > 0, longer), func.set_config(timeout, func.concat(milliseconds, "ms"), true())),
+    )
+
+
+@cache
+def _check(postgresql_version: int) -> Select[Any]:
+    """Check one grant under a lock that lets no other grant commit before this transaction ends (PostgreSQL).
+
+    The lock comes first, the clock is read after it: an expiry that happened while this waited is seen. Only if
+    the check passes are the transaction's time limits shortened, so that the server itself ends a writer at its
+    lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
+    that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
+    """
+    held = (
+        select(leases.c.stream_id, leases.c.expires_at)
+        .where(MINE)
+        .with_for_update(read=True, key_share=True)
+        .cte("held")
+        .prefix_with("MATERIALIZED")
+    )
+    checked = (
+        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s"))
+        .cte("checked")
+        .prefix_with("MATERIALIZED")
+    )
+    same = leases.alias("same")
+    locker = (
+        select(literal_column("same.xmax = pg_current_xact_id()::xid", Boolean))
+        .where(same.c.stream_id == checked.c.stream_id)
+        .scalar_subquery()
+    )
+    timeouts = ["idle_in_transaction_session_timeout"] + ["transaction_timeout"] * (postgresql_version >= 17)
+    return select(
+        checked.c.left_s,
+        func.coalesce(locker, literal(False)).label("outermost"),
+        *(_shortened(timeout, checked.c.left_s).label(timeout) for timeout in timeouts),
+    )
+
+
+SAVEPOINTS = (
+    select(func.count() - 1)
+    .select_from(table("pg_locks", column("pid"), column("locktype"), column("mode")))
+    .where(
+        column("pid") == func.pg_backend_pid(),
+        column("locktype") == "transactionid",
+        column("mode") == "ExclusiveLock",
+    )
+)
+"""How many savepoints with work in them surround a lock that this transaction has just taken (PostgreSQL)."""
+
+FENCE_SQLITE = (
+    update(leases).where(MINE, leases.c.expires_at > now()).values(expires_at=leases.c.expires_at).returning(REMAINING)
+)
+"""Check one grant and take the file's write lock in one step: nobody can grant anything before this commits."""
 
 
 # --- a sink in another database --------------------------------------------------------------------------------

@@ -18,11 +18,9 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
-    Boolean,
     ColumnElement,
     Double,
     Integer,
-    Interval,
     Label,
     Select,
     Text,
@@ -30,8 +28,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    cast,
-    column,
     exists,
     func,
     insert,
@@ -41,7 +37,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    table,
     true,
     tuple_,
     union_all,
@@ -51,19 +46,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
 from leases import limits
-from leases.dialects import (
-    POSTGRESQL,
-    events_offered,
-    grants_asked,
-    later,
-    names_given,
-    now,
-    one_of,
-    seconds,
-    seconds_of,
-    wall,
-)
-from leases.schema import lease_checkpoints, lease_events, lease_workers, leases
+from leases.dialects import POSTGRESQL, grants_asked, later, names_given, now, one_of, seconds
+from leases.schema import lease_checkpoints, lease_workers, leases
 from leases.types import Document, Identity
 
 # Parameters, named as no column is (SQLAlchemy keeps those names for itself).
@@ -330,72 +314,7 @@ RELEASE = (
 """Let one grant go. The token stays. Does not wait for fenced writes in flight: they commit before the next grant."""
 
 
-# --- fence -----------------------------------------------------------------------------------------------------
-
-
-def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
-    """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
-    of_caller = seconds_of(cast(func.current_setting(timeout), Interval))
-    longer = or_(of_caller == 0, of_caller > left)
-    milliseconds = cast(func.greatest(1, func.floor(left * 1000)), Integer)
-    return case(
-        (and_(left > 0, longer), func.set_config(timeout, func.concat(milliseconds, "ms"), true())),
-    )
-
-
-@cache
-def fence(postgresql_version: int) -> Select[Any]:
-    """Check one grant under a lock that lets no other grant commit before this transaction ends (PostgreSQL).
-
-    The lock comes first, the clock is read after it: an expiry that happened while this waited is seen. Only if
-    the check passes are the transaction's time limits shortened, so that the server itself ends a writer at its
-    lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
-    that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
-    """
-    held = (
-        select(leases.c.stream_id, leases.c.expires_at)
-        .where(MINE)
-        .with_for_update(read=True, key_share=True)
-        .cte("held")
-        .prefix_with("MATERIALIZED")
-    )
-    checked = (
-        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s"))
-        .cte("checked")
-        .prefix_with("MATERIALIZED")
-    )
-    same = leases.alias("same")
-    locker = (
-        select(literal_column("same.xmax = pg_current_xact_id()::xid", Boolean))
-        .where(same.c.stream_id == checked.c.stream_id)
-        .scalar_subquery()
-    )
-    timeouts = ["idle_in_transaction_session_timeout"] + ["transaction_timeout"] * (postgresql_version >= 17)
-    return select(
-        checked.c.left_s,
-        func.coalesce(locker, literal(False)).label("outermost"),
-        *(_shortened(timeout, checked.c.left_s).label(timeout) for timeout in timeouts),
-    )
-
-
-SAVEPOINTS = (
-    select(func.count() - 1)
-    .select_from(table("pg_locks", column("pid"), column("locktype"), column("mode")))
-    .where(
-        column("pid") == func.pg_backend_pid(),
-        column("locktype") == "transactionid",
-        column("mode") == "ExclusiveLock",
-    )
-)
-"""How many savepoints with work in them surround a lock that this transaction has just taken (PostgreSQL)."""
-
-FENCE_SQLITE = (
-    update(leases).where(MINE, leases.c.expires_at > now()).values(expires_at=leases.c.expires_at).returning(REMAINING)
-)
-"""Check one grant and take the file's write lock in one step: nobody can grant anything before this commits."""
-
-
-# --- checkpoints and events ------------------------------------------------------------------------------------
+# --- checkpoint --------------------------------------------------------------------------------------------------
 
 
 def _put_checkpoint() -> Any:
@@ -414,37 +333,3 @@ def _put_checkpoint() -> Any:
 
 PUT_CHECKPOINT = _put_checkpoint()
 """Write a stream's checkpoint. The caller has fenced; a row of a later token is left alone all the same."""
-
-
-@cache
-def append_events(dialect: str) -> ReturningInsert[Any]:
-    """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`."""
-    offered = events_offered(dialect)
-    last = (
-        select(func.coalesce(func.max(lease_events.c.seq), 0).label("seq"))
-        .where(lease_events.c.stream_id == STREAM)
-        .cte("last")
-        .prefix_with("MATERIALIZED")
-    )
-    known = exists().where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
-    fresh = (
-        select(
-            STREAM,
-            offered.c.event_id,
-            select(last.c.seq).scalar_subquery() + func.row_number().over(order_by=offered.c.position),
-            TOKEN,
-            now(),
-            offered.c.payload,
-        )
-        .where(not_(known))
-        .order_by(offered.c.position)
-    )
-    return (
-        insert(lease_events)
-        .from_select(["stream_id", "event_id", "seq", "fencing_token", "recorded_at", "payload"], fresh)
-        .returning(lease_events.c.event_id, lease_events.c.seq)
-    )
-
-
-LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)
-"""The number of the stream's last event."""

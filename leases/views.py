@@ -28,16 +28,7 @@ from sqlalchemy import (
 from leases import dialects, limits
 from leases.dialects import matches_glob, now
 from leases.errors import ConfigError, LeaseNotHeld
-from leases.model import (
-    AuditEntry,
-    Blocker,
-    Checkpoint,
-    EndReason,
-    Grant,
-    LeaseInfo,
-    State,
-    WorkerInfo,
-)
+from leases.model import AuditEntry, Blocker, Checkpoint, EndReason, Grant, LeaseInfo, State, WorkerInfo
 from leases.schema import lease_audit, lease_checkpoints, lease_grants, lease_workers, leases
 from leases.statements import LIVE
 

@@ -1,0 +1,177 @@
+"""`AsyncLeaseStore`: the same shell as `LeaseStore`, for asyncio, on the same operations through `run_sync`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import closing, suppress
+from datetime import timedelta
+from typing import Any, Concatenate, Self
+
+from sqlalchemy import Connection
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tenacity import AsyncRetrying
+
+from leases import administration, events, migrate, operations, recipes, views
+from leases.engine import create_async_engine, dedicated, describe
+from leases.recipes import Do, Sleep, Step, Wait
+from leases.store import LeaseStore
+from leases.transaction import (
+    RETRY_FOR,
+    Blocked,
+    Call,
+    P,
+    R,
+    Recipe,
+    Tables,
+    Watch,
+    amethod,
+    own,
+    retry_options,
+    transact,
+    translated,
+)
+
+
+def _arecipe(recipe: Recipe[P, R]) -> Callable[Concatenate[AsyncLeaseStore, P], Coroutine[Any, Any, R]]:
+    @functools.wraps(recipe)
+    async def follow(store: AsyncLeaseStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await store._follow(recipe(time.monotonic, *args, **kwargs))
+
+    return follow
+
+
+class AsyncLeaseStore:
+    """`LeaseStore` for asyncio: the same operations, awaited. From a URL, or an AsyncEngine of the caller's."""
+
+    def __init__(
+        self,
+        database: str | URL | AsyncEngine,
+        *,
+        schema: str | None = None,
+        retry_for: timedelta = RETRY_FOR,
+    ) -> None:
+        self._given = database if isinstance(database, AsyncEngine) else None
+        self.base_engine = self._given or create_async_engine(database)  # type: ignore[arg-type]
+        self.engine = AsyncEngine(own(self.base_engine.sync_engine, schema))
+        self.url = self.engine.url
+        self.schema = schema
+        self.retry_for = retry_for
+        self._tables = Tables(self.url, schema)
+        self._looks: set[asyncio.Task[None]] = set()
+
+    async def migrate(self) -> tuple[str | None, str]:
+        """Bring the tables to this code's version; return the versions before and after. May be repeated."""
+        with translated(self.url):
+            async with self.base_engine.connect() as connection:
+                return await connection.run_sync(migrate.migrate_on, schema=self.schema)
+
+    async def run(self, call: Callable[[Connection], R]) -> R:
+        """Run a function of a (sync) Connection in a transaction, through `run_sync`; see `LeaseStore.run`."""
+        return await self._retried(lambda connection, _: call(connection))
+
+    async def _retried(self, call: Call[R], watch: Watch | None = None) -> R:
+        async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
+            with attempt:
+                return await self._once(call, attempt.retry_state.attempt_number, watch)
+        raise AssertionError("tenacity returns or raises")
+
+    async def _once(self, call: Call[R], attempt: int, watch: Watch | None) -> R:
+        self._tables.check_file()
+        with translated(self.url):
+            async with self.engine.connect() as connection:
+                busy_ms = None if watch is None else watch.busy_ms
+                return await connection.run_sync(lambda sync: transact(sync, self._tables, call, attempt, busy_ms))
+
+    async def _follow(self, recipe: Generator[Step, Any, R]) -> R:
+        with closing(recipe):
+            answer: Any = None
+            while True:
+                try:
+                    step = recipe.send(answer)
+                except StopIteration as done:
+                    result: R = done.value
+                    return result
+                answer = await self._act(step)
+
+    async def _act(self, step: Step) -> Any:
+        match step:
+            case Do(call):
+                return await self._retried(call)
+            case Sleep(seconds):
+                return await asyncio.sleep(seconds)
+            case Wait():
+                watch = Watch(step)
+                call = functools.partial(watch.call, look_later=functools.partial(self._look_later, watch.delay_s))
+                try:
+                    return await self._retried(call, watch)
+                except Blocked:
+                    watch.refuse()
+
+    def _look_later(self, delay_s: float, look: Callable[[Connection], None]) -> Callable[[], Any]:
+        async def run() -> None:
+            with suppress(SQLAlchemyError):  # who blocks is a hint; what is waited for goes on
+                async with self.engine.begin() as connection:
+                    await connection.run_sync(look)
+
+        def start() -> None:
+            task = asyncio.create_task(run())
+            self._looks.add(task)
+            task.add_done_callback(self._looks.discard)
+
+        return asyncio.get_running_loop().call_later(delay_s, start).cancel
+
+    def sync_store(self) -> LeaseStore:
+        """A `LeaseStore` on the same database, with connections of its own: for a `SessionRegistry` beside asyncio."""
+        return LeaseStore(dedicated(self.base_engine.sync_engine), schema=self.schema, retry_for=self.retry_for)
+
+    async def close(self) -> None:
+        """Close the connections, unless the Engine is the caller's."""
+        if self._given is None:
+            await self.engine.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncLeaseStore({describe(self.url)!r})"
+
+    register = amethod(operations.register)
+    retire = amethod(administration.retire)
+    acquire = _arecipe(recipes.acquire)
+    claim = _arecipe(recipes.claim)
+    renew = amethod(operations.renew)
+    release = amethod(operations.release)
+    enlist = amethod(operations.enlist)
+    dismiss = amethod(operations.dismiss)
+    expire = _arecipe(recipes.expire)
+    steal = _arecipe(recipes.steal)
+    pause = amethod(administration.pause)
+    resume = amethod(administration.resume)
+    get = amethod(views.get)
+    list = amethod(views.list_leases)
+    grants = amethod(views.grants)
+    workers = amethod(views.workers)
+    audit = amethod(views.audit)
+    checkpoint = amethod(views.read_checkpoint)
+    write_checkpoint = amethod(operations.write_checkpoint)
+    reset_checkpoint = amethod(administration.reset_checkpoint)
+    prune = _arecipe(recipes.prune)
+    raise_tokens = amethod(administration.raise_tokens)
+
+
+class AsyncEventLog:
+    """The event log of an `AsyncLeaseStore`."""
+
+    def __init__(self, store: AsyncLeaseStore) -> None:
+        self.run = store.run
+
+    append = amethod(events.append)
+    read = amethod(events.read)

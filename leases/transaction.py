@@ -1,0 +1,218 @@
+"""What the stores share: one transaction, its errors, its retries, and how a method is made of an operation.
+
+The parts are plain functions of a sync `Connection`; an async store runs them through `run_sync`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
+from tenacity import retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from leases import administration, migrate, recipes, views
+from leases.dialects import POSTGRESQL, SQLITE, require_supported
+from leases.engine import (
+    BUSY_OPTION,
+    TIMED_OUT_STATES,
+    begin_immediate,
+    describe,
+    is_busy,
+    is_disconnect,
+    sqlstate,
+    translate,
+)
+from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, SchemaOutdated, StoreUnavailable
+from leases.model import Blocker
+from leases.recipes import Step, Wait
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Call = Callable[[Connection, int], R]
+"""What runs in a transaction: with the connection, and the number of the attempt, from 1."""
+
+RETRY_FOR = timedelta(seconds=10)
+
+
+def own(engine: Engine, schema: str | None) -> Engine:
+    """The engine as the protocol needs it, on the same pool; the caller's own use of it stays as it is."""
+    require_supported(engine.dialect.name)
+    if engine.dialect.name == SQLITE:
+        if schema is not None:
+            raise ConfigError("schema= is for PostgreSQL; SQLite has one schema per file")
+        own = engine.execution_options()
+        event.listen(own, "begin", begin_immediate)
+        return own
+    return engine.execution_options(
+        isolation_level="READ COMMITTED", schema_translate_map=None if schema is None else {None: schema}
+    )
+
+
+def retry_options(retry_for: timedelta) -> dict[str, Any]:
+    return {
+        "retry": retry_if_exception_type((StoreUnavailable, OutcomeUnknown)),
+        "wait": wait_random_exponential(multiplier=0.02, max=1),
+        "stop": stop_after_delay(retry_for),
+        "reraise": True,
+    }
+
+
+@contextmanager
+def translated(url: URL) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise translate(error, url) from None
+
+
+class Blocked(Exception):
+    """A `Wait` was cut short: by the server's statement_timeout, or by SQLite's busy timeout."""
+
+
+def transact(connection: Connection, tables: Tables, call: Call[R], attempt: int, busy_ms: int | None, /) -> R:
+    """Run a call in a transaction, and commit it; `Blocked` if `busy_ms` is given and others were in the way."""
+    if busy_ms is not None:
+        connection = connection.execution_options(**{BUSY_OPTION: busy_ms})
+    try:
+        transaction = connection.begin()
+        try:
+            tables.check(connection)
+            result = call(connection, attempt)
+        except BaseException:
+            transaction.rollback()
+            raise
+    except SQLAlchemyError as error:
+        if busy_ms is not None and (is_busy(error) or sqlstate(error) in TIMED_OUT_STATES):
+            raise Blocked from None
+        raise translate(error, tables.url) from None
+    with committing(tables.url):
+        transaction.commit()
+    return result
+
+
+@contextmanager
+def committing(url: URL) -> Iterator[None]:
+    """Tell a COMMIT that failed from one whose answer was lost."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        if is_disconnect(error):
+            raise OutcomeUnknown(
+                f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
+                "ask again with the same key, or look"
+            ) from None
+        raise translate(error, url) from None
+
+
+class Tables:
+    """The check, once per store, that the tables are of this code's version."""
+
+    def __init__(self, url: URL, schema: str | None) -> None:
+        self.url = url
+        self._schema = schema
+        self._checked = False
+
+    def check_file(self) -> None:
+        """Refuse a SQLite file that is not there: to connect would create it."""
+        name = self.url.database
+        if self._checked or self.url.get_backend_name() != SQLITE or name in (None, "", ":memory:"):
+            return
+        if not str(name).startswith("file:") and not Path(str(name)).exists():
+            raise SchemaOutdated(f"there is no database at {describe(self.url)}; run `leases migrate`")
+
+    def check(self, connection: Connection) -> None:
+        if not self._checked:
+            migrate.check(connection, self._schema)
+            self._checked = True
+
+
+class Watch:
+    """Looks, while an operator's action waits, at who blocks it; and ends those sessions if it is forced."""
+
+    def __init__(self, step: Wait) -> None:
+        self.step = step
+        self.blockers: list[Blocker] = []
+        # Late enough to find those who block for long, early enough to be back in time.
+        self.delay_s = min(0.3, step.timeout_s / 4) if step.force else step.timeout_s * 0.75
+
+    def call(
+        self,
+        connection: Connection,
+        attempt: int,
+        look_later: Callable[[Callable[[Connection], None]], Callable[[], Any]],
+    ) -> Any:
+        """Run the step's call; meanwhile `look_later` has another connection look, unless it is cancelled before."""
+        if connection.dialect.name != POSTGRESQL:
+            return self.step.call(connection, attempt)
+        administration.bound(connection, self.step.timeout_s)
+        cancel = look_later(functools.partial(self._look, pid=administration.backend_pid(connection)))
+        try:
+            return self.step.call(connection, attempt)
+        finally:
+            cancel()
+
+    def _look(self, connection: Connection, pid: int) -> None:
+        self.blockers = views.blockers(connection, pid)
+        if self.step.force:
+            administration.terminate(connection, [blocker.pid for blocker in self.blockers])
+
+    @property
+    def busy_ms(self) -> int:
+        return max(1, int(self.step.timeout_s * 1000))
+
+    def refuse(self) -> NoReturn:
+        who = "; ".join(
+            f"pid {b.pid} ({b.application or 'no application name'}, {b.user}@{b.address}, {b.state}) "
+            f"since {b.since:%Y-%m-%d %H:%M:%S} UTC"
+            for b in self.blockers
+        )
+        raise LeaseHeld(
+            f"{self.step.stream_id!r}: {self.step.refusal}; held after {self.step.timeout_s:g} s by "
+            f"{who or 'another transaction'}; wait and try again, or end that session",
+            stream_id=self.step.stream_id,
+            blockers=self.blockers,
+        )
+
+
+# --- how a method is made of an operation ----------------------------------------------------------------------
+
+
+class Runs(Protocol):
+    def run(self, call: Callable[[Connection], R]) -> R: ...
+
+
+class RunsAsync(Protocol):
+    async def run(self, call: Callable[[Connection], R]) -> R: ...
+
+
+def method(operation: Callable[Concatenate[Connection, P], R]) -> Callable[Concatenate[Runs, P], R]:
+    """Make a method of an operation: the same arguments, in a transaction of its own."""
+
+    @functools.wraps(operation)
+    def run(store: Runs, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return store.run(lambda connection: operation(connection, *args, **kwargs))
+
+    return run
+
+
+def amethod(
+    operation: Callable[Concatenate[Connection, P], R],
+) -> Callable[Concatenate[RunsAsync, P], Coroutine[Any, Any, R]]:
+    """Make a coroutine method of an operation: the same arguments, in a transaction of its own."""
+
+    @functools.wraps(operation)
+    async def run(store: RunsAsync, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await store.run(lambda connection: operation(connection, *args, **kwargs))
+
+    return run
+
+
+Recipe = Callable[Concatenate[recipes.Clock, P], Generator[Step, Any, R]]
