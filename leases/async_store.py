@@ -17,13 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import AsyncRetrying
 
 from leases import administration, events, migrate, operations, recipes, views
-from leases.engine import create_async_engine, dedicated, describe
+from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.store import LeaseStore
 from leases.transaction import (
     RETRY_FOR,
     Blocked,
     Call,
+    Options,
     P,
     R,
     Recipe,
@@ -70,22 +71,21 @@ class AsyncLeaseStore:
             async with self.base_engine.connect() as connection:
                 return await connection.run_sync(migrate.migrate_on, schema=self.schema)
 
-    async def run(self, call: Callable[[Connection], R]) -> R:
+    async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
         """Run a function of a (sync) Connection in a transaction, through `run_sync`; see `LeaseStore.run`."""
-        return await self._retried(lambda connection, _: call(connection))
+        return await self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
 
-    async def _retried(self, call: Call[R], watch: Watch | None = None) -> R:
+    async def _retried(self, call: Call[R], options: Options) -> R:
         async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
             with attempt:
-                return await self._once(call, attempt.retry_state.attempt_number, watch)
+                return await self._once(call, attempt.retry_state.attempt_number, options)
         raise AssertionError("tenacity returns or raises")
 
-    async def _once(self, call: Call[R], attempt: int, watch: Watch | None) -> R:
+    async def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
         with translated(self.url):
             async with self.engine.connect() as connection:
-                busy_ms = None if watch is None else watch.busy_ms
-                return await connection.run_sync(lambda sync: transact(sync, self._tables, call, attempt, busy_ms))
+                return await connection.run_sync(lambda sync: transact(sync, self._tables, call, attempt, options))
 
     async def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):
@@ -101,14 +101,14 @@ class AsyncLeaseStore:
     async def _act(self, step: Step) -> Any:
         match step:
             case Do(call):
-                return await self._retried(call)
+                return await self._retried(call, {})
             case Sleep(seconds):
                 return await asyncio.sleep(seconds)
             case Wait():
                 watch = Watch(step)
                 call = functools.partial(watch.call, look_later=functools.partial(self._look_later, watch.delay_s))
                 try:
-                    return await self._retried(call, watch)
+                    return await self._retried(call, watch.options)
                 except Blocked:
                     watch.refuse()
 
@@ -155,12 +155,12 @@ class AsyncLeaseStore:
     steal = _arecipe(recipes.steal)
     pause = amethod(administration.pause)
     resume = amethod(administration.resume)
-    get = amethod(views.get)
-    list = amethod(views.list_leases)
-    grants = amethod(views.grants)
-    workers = amethod(views.workers)
-    audit = amethod(views.audit)
-    checkpoint = amethod(views.read_checkpoint)
+    get = amethod(views.get, read_only=True)
+    list = amethod(views.list_leases, read_only=True)
+    grants = amethod(views.grants, read_only=True)
+    workers = amethod(views.workers, read_only=True)
+    audit = amethod(views.audit, read_only=True)
+    checkpoint = amethod(views.read_checkpoint, read_only=True)
     write_checkpoint = amethod(operations.write_checkpoint)
     reset_checkpoint = amethod(administration.reset_checkpoint)
     prune = _arecipe(recipes.prune)
@@ -174,4 +174,4 @@ class AsyncEventLog:
         self.run = store.run
 
     append = amethod(events.append)
-    read = amethod(events.read)
+    read = amethod(events.read, read_only=True)

@@ -31,6 +31,9 @@ BUSY_TIMEOUT_MS = 5000
 BUSY_OPTION = "leases_busy_timeout_ms"
 """The execution option that sets another busy timeout for one connection."""
 
+READ_OPTION = "leases_read_only"
+"""The execution option of a connection that only reads: on SQLite it waits for no writer."""
+
 DRIVERS = {
     "sqlite": ("sqlite+pysqlite", "sqlite+aiosqlite"),
     "sqlite+pysqlite": ("sqlite+pysqlite", "sqlite+aiosqlite"),
@@ -146,11 +149,15 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
 
 
 def begin_immediate(connection: Connection) -> None:
-    """Begin a SQLite transaction as a writer: from here on nobody else writes to the file."""
+    """Begin a SQLite transaction as a writer, so that nobody else writes to the file; unless it only reads."""
     driver = connection.connection.driver_connection
     if driver is not None and driver.in_transaction:
         return  # an engine made of another one inherits its listeners
-    busy_ms = connection.get_execution_options().get(BUSY_OPTION)
+    options = connection.get_execution_options()
+    if options.get(READ_OPTION):
+        connection.exec_driver_sql("BEGIN")
+        return
+    busy_ms = options.get(BUSY_OPTION)
     if busy_ms is not None:
         connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(busy_ms)}")
     try:

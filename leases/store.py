@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
 from leases import administration, events, migrate, operations, recipes, views
-from leases.engine import create_engine, describe
+from leases.engine import READ_OPTION, create_engine, describe
 from leases.fencing import fence
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
@@ -33,6 +33,7 @@ from leases.transaction import (
     RETRY_FOR,
     Blocked,
     Call,
+    Options,
     P,
     R,
     Recipe,
@@ -90,12 +91,13 @@ class LeaseStore:
         with translated(self.url):
             return migrate.migrate(self.base_engine, schema=self.schema)
 
-    def run(self, call: Callable[[Connection], R]) -> R:
+    def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
         """Run a function of a Connection in a transaction: for operations of your own, or several in one.
 
-        It is run again if the connection breaks, so it must bear repetition.
+        It is run again if the connection breaks, so it must bear repetition. On SQLite the transaction writes from its
+        beginning, unless it is `read_only`: then it waits for nobody.
         """
-        return self._retried(lambda connection, _: call(connection))
+        return self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
 
     @contextmanager
     def fenced(self, *leases: Lease) -> Iterator[Connection]:
@@ -114,21 +116,22 @@ class LeaseStore:
             try:
                 yield connection
             except BaseException:
-                transaction.rollback()
+                if transaction.is_active:  # a refused fence has rolled it back
+                    transaction.rollback()
                 raise
             with committing(self.url):
                 transaction.commit()
 
-    def _retried(self, call: Call[R], watch: Watch | None = None) -> R:
+    def _retried(self, call: Call[R], options: Options) -> R:
         for attempt in Retrying(**retry_options(self.retry_for)):
             with attempt:
-                return self._once(call, attempt.retry_state.attempt_number, watch)
+                return self._once(call, attempt.retry_state.attempt_number, options)
         raise AssertionError("tenacity returns or raises")
 
-    def _once(self, call: Call[R], attempt: int, watch: Watch | None) -> R:
+    def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
         with translated(self.url), self.engine.connect() as connection:
-            return transact(connection, self._tables, call, attempt, None if watch is None else watch.busy_ms)
+            return transact(connection, self._tables, call, attempt, options)
 
     def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):
@@ -144,14 +147,14 @@ class LeaseStore:
     def _act(self, step: Step) -> Any:
         match step:
             case Do(call):
-                return self._retried(call)
+                return self._retried(call, {})
             case Sleep(seconds):
                 return time.sleep(seconds)
             case Wait():
                 watch = Watch(step)
                 call = functools.partial(watch.call, look_later=functools.partial(self._look_later, watch.delay_s))
                 try:
-                    return self._retried(call, watch)
+                    return self._retried(call, watch.options)
                 except Blocked:
                     watch.refuse()
 
@@ -192,12 +195,12 @@ class LeaseStore:
     steal = _recipe(recipes.steal)
     pause = method(administration.pause)
     resume = method(administration.resume)
-    get = method(views.get)
-    list = method(views.list_leases)
-    grants = method(views.grants)
-    workers = method(views.workers)
-    audit = method(views.audit)
-    checkpoint = method(views.read_checkpoint)
+    get = method(views.get, read_only=True)
+    list = method(views.list_leases, read_only=True)
+    grants = method(views.grants, read_only=True)
+    workers = method(views.workers, read_only=True)
+    audit = method(views.audit, read_only=True)
+    checkpoint = method(views.read_checkpoint, read_only=True)
     write_checkpoint = method(operations.write_checkpoint)
     reset_checkpoint = method(administration.reset_checkpoint)
     prune = _recipe(recipes.prune)
@@ -211,4 +214,4 @@ class EventLog:
         self.run = store.run
 
     append = method(events.append)
-    read = method(events.read)
+    read = method(events.read, read_only=True)

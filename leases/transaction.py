@@ -6,7 +6,7 @@ The parts are plain functions of a sync `Connection`; an async store runs them t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,9 @@ R = TypeVar("R")
 
 Call = Callable[[Connection, int], R]
 """What runs in a transaction: with the connection, and the number of the attempt, from 1."""
+
+Options = Mapping[str, Any]
+"""Execution options for one transaction: how SQLite is to begin it."""
 
 RETRY_FOR = timedelta(seconds=10)
 
@@ -77,20 +80,21 @@ class Blocked(Exception):
     """A `Wait` was cut short: by the server's statement_timeout, or by SQLite's busy timeout."""
 
 
-def transact(connection: Connection, tables: Tables, call: Call[R], attempt: int, busy_ms: int | None, /) -> R:
-    """Run a call in a transaction, and commit it; `Blocked` if `busy_ms` is given and others were in the way."""
-    if busy_ms is not None:
-        connection = connection.execution_options(**{BUSY_OPTION: busy_ms})
+def transact(connection: Connection, tables: Tables, call: Call[R], attempt: int, options: Options, /) -> R:
+    """Run a call in a transaction, and commit it; `Blocked` if it has a busy timeout and others were in the way."""
+    if options:
+        connection = connection.execution_options(**options)
     try:
         transaction = connection.begin()
         try:
             tables.check(connection)
             result = call(connection, attempt)
         except BaseException:
-            transaction.rollback()
+            if transaction.is_active:  # a refused fence has rolled it back
+                transaction.rollback()
             raise
     except SQLAlchemyError as error:
-        if busy_ms is not None and (is_busy(error) or sqlstate(error) in TIMED_OUT_STATES):
+        if BUSY_OPTION in options and (is_busy(error) or sqlstate(error) in TIMED_OUT_STATES):
             raise Blocked from None
         raise translate(error, tables.url) from None
     with committing(tables.url):
@@ -165,8 +169,8 @@ class Watch:
             administration.terminate(connection, [blocker.pid for blocker in self.blockers])
 
     @property
-    def busy_ms(self) -> int:
-        return max(1, int(self.step.timeout_s * 1000))
+    def options(self) -> Options:
+        return {BUSY_OPTION: max(1, int(self.step.timeout_s * 1000))}
 
     def refuse(self) -> NoReturn:
         who = "; ".join(
@@ -186,31 +190,33 @@ class Watch:
 
 
 class Runs(Protocol):
-    def run(self, call: Callable[[Connection], R]) -> R: ...
+    def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R: ...
 
 
 class RunsAsync(Protocol):
-    async def run(self, call: Callable[[Connection], R]) -> R: ...
+    async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R: ...
 
 
-def method(operation: Callable[Concatenate[Connection, P], R]) -> Callable[Concatenate[Runs, P], R]:
+def method(
+    operation: Callable[Concatenate[Connection, P], R], *, read_only: bool = False
+) -> Callable[Concatenate[Runs, P], R]:
     """Make a method of an operation: the same arguments, in a transaction of its own."""
 
     @functools.wraps(operation)
     def run(store: Runs, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return store.run(lambda connection: operation(connection, *args, **kwargs))
+        return store.run(lambda connection: operation(connection, *args, **kwargs), read_only=read_only)
 
     return run
 
 
 def amethod(
-    operation: Callable[Concatenate[Connection, P], R],
+    operation: Callable[Concatenate[Connection, P], R], *, read_only: bool = False
 ) -> Callable[Concatenate[RunsAsync, P], Coroutine[Any, Any, R]]:
     """Make a coroutine method of an operation: the same arguments, in a transaction of its own."""
 
     @functools.wraps(operation)
     async def run(store: RunsAsync, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await store.run(lambda connection: operation(connection, *args, **kwargs))
+        return await store.run(lambda connection: operation(connection, *args, **kwargs), read_only=read_only)
 
     return run
 
