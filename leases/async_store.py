@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Coroutine, Generator
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import timedelta
 from typing import Any, Concatenate, Self
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
 from leases import administration, events, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
+from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.store import LeaseStore
 from leases.transaction import (
@@ -31,8 +32,11 @@ from leases.transaction import (
     Tables,
     Watch,
     amethod,
+    begin_fenced,
+    committing,
     own,
     retry_options,
+    roll_back,
     transact,
     translated,
 )
@@ -56,8 +60,8 @@ class AsyncLeaseStore:
         schema: str | None = None,
         retry_for: timedelta = RETRY_FOR,
     ) -> None:
-        self._given = database if isinstance(database, AsyncEngine) else None
-        self.base_engine = self._given or create_async_engine(database)  # type: ignore[arg-type]
+        self.base_engine = database if isinstance(database, AsyncEngine) else create_async_engine(database)
+        self.closes_engine = not isinstance(database, AsyncEngine)
         self.engine = AsyncEngine(own(self.base_engine.sync_engine, schema))
         self.url = self.engine.url
         self.schema = schema
@@ -74,6 +78,22 @@ class AsyncLeaseStore:
     async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
         """Run a function of a (sync) Connection in a transaction, through `run_sync`; see `LeaseStore.run`."""
         return await self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
+
+    @asynccontextmanager
+    async def fenced(self, *leases: Lease) -> AsyncIterator[AsyncConnection]:
+        """A transaction in which the fence of every lease has passed; see `LeaseStore.fenced`."""
+        self._tables.check_file()
+        async with AsyncExitStack() as stack:
+            with translated(self.url):
+                connection = await stack.enter_async_context(self.engine.connect())
+                transaction = await connection.run_sync(begin_fenced, self._tables, leases)
+            try:
+                yield connection
+            except BaseException:
+                await connection.run_sync(lambda _: roll_back(transaction))
+                raise
+            with committing(self.url):
+                await connection.run_sync(lambda _: transaction.commit())
 
     async def _retried(self, call: Call[R], options: Options) -> R:
         async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
@@ -127,12 +147,14 @@ class AsyncLeaseStore:
 
     def sync_store(self) -> LeaseStore:
         """A `LeaseStore` on the same database, with connections of its own: for a `SessionRegistry` beside asyncio."""
-        return LeaseStore(dedicated(self.base_engine.sync_engine), schema=self.schema, retry_for=self.retry_for)
+        store = LeaseStore(dedicated(self.base_engine.sync_engine), schema=self.schema, retry_for=self.retry_for)
+        store.closes_engine = True
+        return store
 
     async def close(self) -> None:
         """Close the connections, unless the Engine is the caller's."""
-        if self._given is None:
-            await self.engine.dispose()
+        if self.closes_engine:
+            await self.base_engine.dispose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ Most are SQL constructs that compile to each engine's own words, so that `statem
 | `later(s)` | now + s seconds | the same, rounded to milliseconds |
 | `seconds(a, b)` | a − b | the same |
 | `one_of(c, rows)` | `c = ANY (ARRAY(rows))` | `c IN (rows)` |
+| `durably()` | turns `synchronous_commit` on where it is off | nothing: see the pragmas in `engine` |
 | `grants_asked`, `events_offered` | arrays, unnested | one JSON text, by `json_each` |
 
 Why those clocks: `now()` of PostgreSQL freezes at the start of the caller's transaction, which would shorten a
@@ -142,6 +143,25 @@ def _(element: seconds, compiler: SQLCompiler, **kw: Any) -> str:
 def _(element: seconds, compiler: SQLCompiler, **kw: Any) -> str:
     end, start = (compiler.process(clause, **kw) for clause in element.clauses)
     return f"round((julianday({end}) - julianday({start})) * 86400.0, 3)"
+
+
+class durably(FunctionElement[Any]):
+    """Evaluated, makes the transaction's commit wait for the disk, on a server whose commits do not (PostgreSQL)."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(durably, POSTGRESQL)
+def _(element: durably, compiler: SQLCompiler, **kw: Any) -> str:
+    return (
+        "CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', true) END"
+    )
+
+
+@compiles(durably, SQLITE)
+def _(element: durably, compiler: SQLCompiler, **kw: Any) -> str:
+    return "NULL"
 
 
 class one_of(FunctionElement[bool]):

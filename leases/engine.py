@@ -175,6 +175,9 @@ RETRYABLE_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "5330
 MISSING_STATES = frozenset({"42P01", "42703", "3F000"})
 """No such table, column or schema."""
 
+APPENDING = frozenset({"lease_events_seq", "lease_events_pkey"})
+"""What two appends under one grant may both take, when they run at once: one of them must begin again."""
+
 TIMED_OUT_STATES = frozenset({"57014", "55P03"})
 """Cancelled by statement_timeout, lock not available."""
 
@@ -185,6 +188,12 @@ def sqlstate(error: BaseException) -> str | None:
     """PostgreSQL's five-character code for an error, or None."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     return cause.sqlstate if isinstance(cause, psycopg.Error) else None
+
+
+def constraint(error: BaseException) -> str | None:
+    """The name of the constraint that PostgreSQL says was violated, or None."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return cause.diag.constraint_name if isinstance(cause, psycopg.Error) else None
 
 
 def is_busy(error: BaseException) -> bool:
@@ -212,6 +221,8 @@ def translate(error: SQLAlchemyError, url: URL) -> LeasesError:
     state = sqlstate(error) or ""
     if state in MISSING_STATES or (isinstance(cause, sqlite3.OperationalError) and "no such" in said):
         return SchemaOutdated(f"{where} has not the tables of this version; run `leases migrate`")
+    if state == "23505" and constraint(error) in APPENDING:
+        return StoreUnavailable(f"{where}: another append to the same stream was faster; try again")
     if is_busy(error):
         return StoreUnavailable(f"{where} is locked by another process's transaction; try again")
     if isinstance(error, PoolTimeout):

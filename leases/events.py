@@ -19,7 +19,7 @@ from leases.fencing import fence, named
 from leases.model import JSON, Appended, Event, Lease, RecordedEvent
 from leases.operations import put_checkpoint
 from leases.schema import lease_events
-from leases.statements import STREAM, TOKEN
+from leases.statements import DURABLE, STREAM, TOKEN
 
 
 def append(
@@ -105,7 +105,7 @@ def _append(dialect: str) -> ReturningInsert[Any]:
     return (
         insert(lease_events)
         .from_select(["stream_id", "event_id", "seq", "fencing_token", "recorded_at", "payload"], fresh)
-        .returning(lease_events.c.event_id, lease_events.c.seq)
+        .returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
     )
 
 

@@ -91,9 +91,9 @@ class Keeper:
         self._clock = clock
         self._pid = os.getpid()
         engine = dedicated(store.base_engine)
-        self._engine_is_own = engine is not store.base_engine
         busy = {BUSY_OPTION: max(1, int(window.interval_s * 1000))}
         self._store = LeaseStore(engine.execution_options(**busy), schema=store.schema, retry_for=timedelta(0))
+        self._store.closes_engine = engine is not store.base_engine
         self._kept: dict[str, _Kept] = {}
         self._enlisted = False
         self._beaten_at_s: float | None = None
@@ -134,8 +134,7 @@ class Keeper:
         with suppress(LeasesError):  # its row expires by itself
             if self._enlisted:
                 self._store.dismiss(self._worker.worker_id)
-        if self._engine_is_own:
-            self._store.engine.dispose()
+        self._store.close()
 
     def hold(self, lease: Lease, sent_at_s: float) -> None:
         """Keep a lease alive whose request was sent at `sent_at_s`, by this keeper's clock."""

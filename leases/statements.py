@@ -37,7 +37,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    true,
     tuple_,
     union_all,
     update,
@@ -46,7 +45,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
 from leases import limits
-from leases.dialects import POSTGRESQL, grants_asked, later, names_given, now, one_of, seconds
+from leases.dialects import POSTGRESQL, durably, grants_asked, later, names_given, now, one_of, seconds
 from leases.schema import lease_checkpoints, lease_workers, leases
 from leases.types import Document, Identity
 
@@ -74,9 +73,7 @@ OPEN = and_(leases.c.paused_at.is_(None), leases.c.retired_at.is_(None))
 MINE = and_(leases.c.stream_id == STREAM, leases.c.fencing_token == TOKEN, leases.c.owner == HOLDER)
 """The grant that the caller names: stream, token and owner, never the owner alone."""
 
-DURABLE: Label[Any] = case(
-    (func.current_setting("synchronous_commit") == "off", func.set_config("synchronous_commit", "on", true()))
-).label("durable")
+DURABLE: Label[Any] = durably().label("durable")
 """Make this transaction's commit durable on a server that commits without waiting for its disk."""
 
 REMAINING: Label[float] = seconds(leases.c.expires_at, now()).label("remaining_s")
@@ -328,7 +325,7 @@ def _put_checkpoint() -> Any:
         index_elements=[lease_checkpoints.c.stream_id],
         set_={name: build.excluded[name] for name in ("fencing_token", "checkpoint", "updated_at")},
         where=lease_checkpoints.c.fencing_token <= build.excluded.fencing_token,
-    ).returning(lease_checkpoints.c.fencing_token)
+    ).returning(lease_checkpoints.c.fencing_token, DURABLE)
 
 
 PUT_CHECKPOINT = _put_checkpoint()

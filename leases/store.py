@@ -26,7 +26,6 @@ from tenacity import Retrying
 
 from leases import administration, events, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_engine, describe
-from leases.fencing import fence
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.transaction import (
@@ -39,10 +38,12 @@ from leases.transaction import (
     Recipe,
     Tables,
     Watch,
+    begin_fenced,
     committing,
     method,
     own,
     retry_options,
+    roll_back,
     transact,
     translated,
 )
@@ -78,8 +79,8 @@ class LeaseStore:
     def __init__(
         self, database: str | URL | Engine, *, schema: str | None = None, retry_for: timedelta = RETRY_FOR
     ) -> None:
-        self._given = database if isinstance(database, Engine) else None
-        self.base_engine = self._given or create_engine(database)  # type: ignore[arg-type]
+        self.base_engine = database if isinstance(database, Engine) else create_engine(database)
+        self.closes_engine = not isinstance(database, Engine)
         self.engine = own(self.base_engine, schema)
         self.url = self.engine.url
         self.schema = schema
@@ -109,15 +110,11 @@ class LeaseStore:
         with ExitStack() as stack:
             with translated(self.url):
                 connection = stack.enter_context(self.engine.connect())
-                transaction = connection.begin()
-                self._tables.check(connection)
-                for lease in sorted(leases, key=lambda lease: lease.stream_id):
-                    fence(connection, lease)
+                transaction = begin_fenced(connection, self._tables, leases)
             try:
                 yield connection
             except BaseException:
-                if transaction.is_active:  # a refused fence has rolled it back
-                    transaction.rollback()
+                roll_back(transaction)
                 raise
             with committing(self.url):
                 transaction.commit()
@@ -171,8 +168,8 @@ class LeaseStore:
 
     def close(self) -> None:
         """Close the connections, unless the Engine is the caller's."""
-        if self._given is None:
-            self.engine.dispose()
+        if self.closes_engine:
+            self.base_engine.dispose()
 
     def __enter__(self) -> Self:
         return self

@@ -6,13 +6,13 @@ The parts are plain functions of a sync `Connection`; an async store runs them t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -30,7 +30,8 @@ from leases.engine import (
     translate,
 )
 from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, SchemaOutdated, StoreUnavailable
-from leases.model import Blocker
+from leases.fencing import fence
+from leases.model import Blocker, Lease
 from leases.recipes import Step, Wait
 
 P = ParamSpec("P")
@@ -51,9 +52,9 @@ def own(engine: Engine, schema: str | None) -> Engine:
     if engine.dialect.name == SQLITE:
         if schema is not None:
             raise ConfigError("schema= is for PostgreSQL; SQLite has one schema per file")
-        own = engine.execution_options()
-        event.listen(own, "begin", begin_immediate)
-        return own
+        ours = engine.execution_options()
+        event.listen(ours, "begin", begin_immediate)
+        return ours
     return engine.execution_options(
         isolation_level="READ COMMITTED", schema_translate_map=None if schema is None else {None: schema}
     )
@@ -90,8 +91,7 @@ def transact(connection: Connection, tables: Tables, call: Call[R], attempt: int
             tables.check(connection)
             result = call(connection, attempt)
         except BaseException:
-            if transaction.is_active:  # a refused fence has rolled it back
-                transaction.rollback()
+            roll_back(transaction)
             raise
     except SQLAlchemyError as error:
         if BUSY_OPTION in options and (is_busy(error) or sqlstate(error) in TIMED_OUT_STATES):
@@ -100,6 +100,25 @@ def transact(connection: Connection, tables: Tables, call: Call[R], attempt: int
     with committing(tables.url):
         transaction.commit()
     return result
+
+
+def begin_fenced(connection: Connection, tables: Tables, leases: Iterable[Lease]) -> Transaction:
+    """Begin a transaction in which the fence of every lease has passed, in the order of stream_id."""
+    transaction = connection.begin()
+    try:
+        tables.check(connection)
+        for lease in sorted(leases, key=lambda lease: lease.stream_id):
+            fence(connection, lease)
+    except BaseException:
+        roll_back(transaction)
+        raise
+    return transaction
+
+
+def roll_back(transaction: Transaction) -> None:
+    """Roll back, unless a refused fence has done so already."""
+    if transaction.is_active:
+        transaction.rollback()
 
 
 @contextmanager
