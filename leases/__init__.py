@@ -16,6 +16,7 @@ from leases.errors import (
 from leases.fencing import advance_watermark, fence, watermark_table
 from leases.keeper import Health
 from leases.model import Event, Grant, Lease, LeaseInfo, Loss
+from leases.protection import protect, unprotect
 from leases.registry import SessionRegistry, StreamSession
 from leases.store import EventLog, LeaseStore
 
@@ -44,5 +45,7 @@ __all__ = [
     "StreamSession",
     "advance_watermark",
     "fence",
+    "protect",
+    "unprotect",
     "watermark_table",
 ]
