@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import timedelta
 from typing import Any, Concatenate, Self
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Transaction
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -36,7 +36,6 @@ from leases.transaction import (
     committing,
     own,
     retry_options,
-    roll_back,
     transact,
     translated,
 )
@@ -82,18 +81,24 @@ class AsyncLeaseStore:
     @asynccontextmanager
     async def fenced(self, *leases: Lease) -> AsyncIterator[AsyncConnection]:
         """A transaction in which the fence of every lease has passed; see `LeaseStore.fenced`."""
-        self._tables.check_file()
-        async with AsyncExitStack() as stack:
-            with translated(self.url):
-                connection = await stack.enter_async_context(self.engine.connect())
-                transaction = await connection.run_sync(begin_fenced, self._tables, leases)
-            try:
-                yield connection
-            except BaseException:
-                await connection.run_sync(lambda _: roll_back(transaction))
-                raise
+        begin = AsyncRetrying(**retry_options(self.retry_for)).wraps(self._begin_fenced)
+        connection, transaction = await begin(leases)
+        try:
+            yield connection
             with committing(self.url):
                 await connection.run_sync(lambda _: transaction.commit())
+        finally:
+            await connection.close()  # which rolls back what was not committed
+
+    async def _begin_fenced(self, leases: Collection[Lease]) -> tuple[AsyncConnection, Transaction]:
+        self._tables.check_file()
+        with translated(self.url):
+            connection = await self.engine.connect()
+            try:
+                return connection, await connection.run_sync(begin_fenced, self._tables, leases)
+            except BaseException:
+                await connection.close()
+                raise
 
     async def _retried(self, call: Call[R], options: Options) -> R:
         async for attempt in AsyncRetrying(**retry_options(self.retry_for)):

@@ -14,12 +14,12 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Concatenate, Self
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
@@ -43,7 +43,6 @@ from leases.transaction import (
     method,
     own,
     retry_options,
-    roll_back,
     transact,
     translated,
 )
@@ -106,18 +105,22 @@ class LeaseStore:
 
         `StaleToken` if one has not, and nothing is kept. What the block itself raises passes as it is.
         """
-        self._tables.check_file()
-        with ExitStack() as stack:
-            with translated(self.url):
-                connection = stack.enter_context(self.engine.connect())
-                transaction = begin_fenced(connection, self._tables, leases)
-            try:
-                yield connection
-            except BaseException:
-                roll_back(transaction)
-                raise
+        begin = Retrying(**retry_options(self.retry_for)).wraps(self._begin_fenced)
+        connection, transaction = begin(leases)
+        with connection:
+            yield connection  # what the block raises rolls back, at the end of `with`
             with committing(self.url):
                 transaction.commit()
+
+    def _begin_fenced(self, leases: Collection[Lease]) -> tuple[Connection, Transaction]:
+        self._tables.check_file()
+        with translated(self.url):
+            connection = self.engine.connect()
+            try:
+                return connection, begin_fenced(connection, self._tables, leases)
+            except BaseException:
+                connection.close()
+                raise
 
     def _retried(self, call: Call[R], options: Options) -> R:
         for attempt in Retrying(**retry_options(self.retry_for)):

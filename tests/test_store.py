@@ -46,3 +46,19 @@ def test_an_async_program_fences_and_keeps_its_leases_by_a_thread(url: str) -> N
             keeping.close()
 
     asyncio.run(work())
+
+
+def test_a_connection_that_died_in_the_pool_is_replaced_before_the_fence(postgresql_url: str) -> None:
+    with LeaseStore(postgresql_url) as store, LeaseStore(postgresql_url) as other:
+        lease = store.acquire("s", owner="me", ttl=TTL)
+        assert lease is not None
+        other.run(
+            lambda connection: connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            )
+        )
+        with store.fenced(lease) as connection:
+            assert connection.execute(text("SELECT 1")).scalar_one() == 1
