@@ -1,0 +1,10 @@
+"""`leases demo`: worker processes share the streams of a file, some are killed and frozen, and the log is proved whole.
+
+source      the CSV file, checked and cut into streams
+ground      the database: made ready, taken back, looked at
+worker      one worker process
+supervisor  starts the workers, strikes them, and ends them whatever happens
+board       what is known of the run while it goes on; `view` shows it
+proof       at the end, from the database and the file
+command     the command line
+"""

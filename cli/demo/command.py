@@ -1,0 +1,228 @@
+"""`leases demo`: parse, run, show, judge."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import click
+from rich.console import Console
+
+from leases import ConfigError, LeasesError, LeaseStore, SchemaOutdated, StoreError, limits
+from leases.cli.demo import ground, supervisor, view
+from leases.cli.demo.board import Board, plural
+from leases.cli.demo.proof import Proof, prove
+from leases.cli.demo.source import FLIGHTS, BadFile, Feed, Source
+from leases.engine import describe
+
+MOST_WORKERS: Final = 64
+SHORTEST_TTL_S: Final = 0.5
+
+FAILED, USAGE, STORE, SCHEMA = 1, 2, 3, 4
+"""Exit codes, beside 0."""
+
+
+class Columns(click.ParamType[Sequence[str]]):
+    """Names of columns, with commas between them."""
+
+    name = "COLUMN[,COLUMN]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Sequence[str]:
+        if not isinstance(value, str):
+            return tuple(value)
+        names = tuple(name.strip() for name in value.split(","))
+        if not all(names):
+            self.fail(f"{value!r} names no column; write them with commas between: origin,dest", param, ctx)
+        return names
+
+
+class Interrupted(BaseException):
+    """A signal asks for the end. Not an Exception: nothing on the way may take it for an error of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@click.command(
+    "demo",
+    epilog="""\b
+Examples:
+  leases demo
+  leases demo --url postgresql://me@localhost/mine --json
+  leases demo orders.csv --stream-by customer --id-by order_id --workers 8""",
+)
+@click.argument("file", type=click.Path(path_type=Path), required=False, metavar="[FILE.csv]")
+@click.option(
+    "--stream-by", type=Columns(), default="origin,dest", show_default=True, help="Columns that name an event's stream."
+)
+@click.option(
+    "--id-by",
+    type=Columns(),
+    default="time_hour,carrier,flight",
+    show_default=True,
+    help="Columns that tell one event from another.",
+)
+@click.option("--workers", type=click.IntRange(1, MOST_WORKERS), default=4, show_default=True, help="Worker processes.")
+@click.option("--ttl", type=float, default=3.0, show_default=True, metavar="S", help="Seconds that a lease lasts.")
+@click.option("--url", metavar="URL", help="The database to run on; without it, a temporary SQLite file.")
+@click.option("--kill", type=click.IntRange(0), default=1, show_default=True, help="Workers to kill (SIGKILL).")
+@click.option(
+    "--freeze", type=click.IntRange(0), default=1, show_default=True, help="Workers to freeze past their TTL (SIGSTOP)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the view goes to stderr.")
+def demo(
+    file: Path | None,
+    stream_by: Sequence[str],
+    id_by: Sequence[str],
+    workers: int,
+    ttl: float,
+    url: str | None,
+    kill: int,
+    freeze: int,
+    as_json: bool,
+) -> None:
+    """Let worker processes share the streams of a file; kill and freeze some; prove that the log is whole.
+
+    FILE is a CSV, gzipped or not, in UTF-8, with a header; without it, a week of flights out of New York, whose
+    streams are the routes. The workers append each stream's events, in order, to the event log. Some are killed, and
+    some frozen, between their own last look at the lease and their write, where only the fence in the database can
+    stop them. At the end the log is compared with the file and with the record of who was granted what. Exit code 1
+    if an event is missing, is there twice, or was written under a stale token.
+    """
+    try:
+        if not math.isfinite(ttl) or ttl < SHORTEST_TTL_S:
+            raise ConfigError(f"--ttl must be {SHORTEST_TTL_S:g} seconds or more, up to 24 h, not {ttl:g}")
+        plan = supervisor.Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze)
+        if kill + freeze >= workers:
+            raise ConfigError(
+                f"--kill {kill} and --freeze {freeze} leave none of {plural(workers, 'worker')} at work; "
+                f"use --workers {kill + freeze + 1} or more, or strike fewer"
+            )
+        source = Source(file, stream_by, id_by)
+        with _signals(), tempfile.TemporaryDirectory(prefix="leases-demo-") as directory:
+            code = _run(source, plan, url, Path(directory), as_json)
+    except (ConfigError, BadFile) as error:
+        _fail(USAGE, str(error))
+    except (ground.Refused, supervisor.RunFailed) as error:
+        _fail(FAILED, str(error))
+    except SchemaOutdated as error:
+        _fail(SCHEMA, str(error))
+    except StoreError as error:
+        _fail(STORE, str(error))
+    except LeasesError as error:
+        _fail(FAILED, str(error))
+    except Interrupted as error:
+        _fail(128 + error.number, "interrupted; the workers have been ended")
+    sys.exit(code)
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    click.echo(f"leases demo: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Turn the signals that ask for the end into `Interrupted`, once; what comes after it is not heard."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+    def interrupt(number: int, _frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path, as_json: bool) -> int:
+    """Run the demo in a directory of its own; show what happens; return the exit code."""
+    began_s = time.monotonic()
+    console = Console(stderr=as_json)
+    feed_file = directory / "feed.db"
+    with Feed.make(feed_file, source.events()) as feed:
+        lengths = feed.streams()
+    events = sum(lengths.values())
+    database = f"sqlite:///{directory / 'leases.db'}" if url is None else url
+    with LeaseStore(database) as store:
+        where = "a temporary SQLite file" if url is None else describe(store.url)
+        ground.make_tables(store)
+        taken = store.run(lambda connection: ground.take(connection, lengths.keys()))
+        if taken.cleared:
+            click.echo(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}", err=True)
+        console.print(
+            f"{source.name}: {plural(events, 'event')} in {plural(len(lengths), 'stream')}, "
+            f"shared by {plural(plan.workers, 'worker')} on {where}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        board = Board(supervisor.owners(plan.workers), events=events, streams=len(lengths))
+        owners = [seat.owner for seat in board.seats]
+        crew = supervisor.Crew(store, database, feed_file, plan, board, lengths)
+        try:
+            with view.shown(board, console) as refresh, crew:
+                crew.run(refresh)
+        except BaseException:
+            with suppress(LeasesError):  # if not, what the dead hold expires by itself
+                store.run(lambda connection: ground.give_back(connection, owners))
+            raise
+        proof = store.run(lambda connection: prove(connection, source.events(), taken.tokens, crew.strikes))
+    figures = _figures(proof, board, plan, time.monotonic() - began_s)
+    faults = _complaints(proof, crew, plan)
+    console.print()
+    console.print(view.proof_table(figures))
+    console.print(view.signature(figures, where), markup=False, highlight=False, soft_wrap=True)
+    for fault in faults:
+        click.echo(f"leases demo: {fault}", err=True)
+    if as_json:
+        click.echo(json.dumps(figures))
+    return FAILED if not proof.holds or crew.unrefused else 0
+
+
+def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) -> dict[str, int | float]:
+    return {
+        "events_in_file": proof.events_in_file,
+        "events_in_log": proof.events_in_log,
+        "missing": proof.missing,
+        "duplicated": proof.duplicated,
+        "stale_accepted": proof.stale_accepted,
+        "stale_refused": board.refused,
+        "takeovers": proof.takeovers,
+        "takeover_seconds_max": round(proof.takeover_seconds_max, 3),
+        "workers": plan.workers,
+        "streams": board.streams,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _complaints(proof: Proof, crew: supervisor.Crew, plan: supervisor.Plan) -> list[str]:
+    """What there is to say about a run that was not as it should be."""
+    complaints = []
+    if not proof.holds:
+        complaints.append("the proof does not hold: an event is missing, twice there, misplaced or stale")
+    if proof.misplaced:
+        complaints.append(f"{plural(proof.misplaced, 'event')} in the log out of order, or not of the file")
+    if crew.unrefused:
+        complaints.append(f"a frozen worker's write was not refused, on {', '.join(crew.unrefused)}")
+    asked = plan.kill + plan.freeze
+    if len(crew.strikes) < asked:
+        complaints.append(
+            f"only {len(crew.strikes)} of {asked} workers could be struck: "
+            "the file has too few streams for each of them to hold one"
+        )
+    return complaints
+
+
+__all__ = ["FLIGHTS", "demo"]

@@ -1,0 +1,276 @@
+"""One worker process of the demo: claims streams, appends their events under the fence, takes over what others leave.
+
+Started by the supervisor as `python -m leases.cli.demo.worker`. Its orders come as JSON on standard input, one line
+(never as arguments: the URL may hold a password), then a line when it may begin; what it does it reports as JSON
+lines on standard output. When its standard input ends, its supervisor is dead, and it ends at once.
+
+How it writes is the point of the demo:
+
+    1  the last look    `session.remaining() > 0`: by all that this process can know, the lease is its own
+    2  the brink        here the supervisor kills it, or it stops itself until long after its lease has ended
+    3  the write        `EventLog.append`, straight to the store, without another look
+
+A worker that is thawed at the brink goes on with its write, as a process after any pause would. Only the fence, in the
+database, stops it. It is then told `StaleToken`, drops the stream, and goes on as a living worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from leases import (
+    Event,
+    EventLog,
+    LeasesError,
+    LeaseStore,
+    Loss,
+    SessionRegistry,
+    StaleToken,
+    StreamSession,
+)
+from leases.cli.demo import ground
+from leases.cli.demo.source import Feed
+from leases.model import Appended
+
+FRESH: Final = 0.1
+"""A victim is struck when its lease was extended less than so much of a TTL ago: so it is frozen for a whole one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the supervisor tells a worker at its start."""
+
+    url: str
+    owner: str
+    ttl_s: float
+    feed: str
+    batch: int
+    share: int
+    poll_s: float
+    fault: str | None
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(slots=True)
+class Held:
+    """A stream that this worker holds, and how far it is with it."""
+
+    session: StreamSession
+    position: int
+    length: int
+
+
+class Brink:
+    """Strikes this process once, between a last look and a write: early, but with its work well under way.
+
+    `planned` is how many events the streams of its first claim had to go. It strikes when a quarter is written and
+    the lease is fresh; or, fresh or not, before more than half is.
+    """
+
+    def __init__(self, fault: str | None, ttl_s: float, thaw: threading.Event, report: Reporter) -> None:
+        self.fault = fault
+        self.planned: int | None = None
+        self.written = 0
+        self.extended_at_s = time.monotonic()
+        self._ttl_s = ttl_s
+        self._thaw = thaw
+        self._report = report
+
+    def plan(self, events: int) -> None:
+        """Hear how many events the first claim has brought; with none, there is nobody to be struck."""
+        self.planned = events
+        self.extended_at_s = time.monotonic()
+        if not events:
+            self.fault = None
+
+    def extended(self, _: StreamSession) -> None:
+        """Hear that the leases have been extended."""
+        self.extended_at_s = time.monotonic()
+
+    def at(self, session: StreamSession, size: int) -> bool:
+        """Be struck, if it is time; say whether this process has been frozen and thawed here."""
+        if self.fault is None or self.planned is None:
+            return False
+        after = self.written + size
+        fresh = time.monotonic() - self.extended_at_s < FRESH * self._ttl_s
+        if not (4 * after > self.planned and (fresh or 2 * after > self.planned)):
+            return False
+        fault, self.fault = self.fault, None
+        self._report("brink", fault=fault, stream=session.stream_id, token=session.token)
+        if fault == "kill":
+            threading.Event().wait()  # for the supervisor, who kills
+        freeze(self._thaw)
+        return True
+
+
+def freeze(thaw: threading.Event) -> None:
+    """Stop this whole process until the supervisor continues it and says that it was meant.
+
+    One that is continued without a word was caught with a transaction open in another thread, which keeps everybody
+    out: it gives that thread a moment to end it, and stops again.
+    """
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if thaw.wait(0.05):
+            return
+
+
+class Reporter:
+    """Writes reports, a line each, whole, from any thread."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._lock = threading.Lock()
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        with self._lock:
+            self._out.write(json.dumps({"kind": kind, **fields}) + "\n")
+            self._out.flush()
+
+
+class Worker:
+    """The work: claim, go round the streams a batch at a time, retire those that are done, until all are."""
+
+    def __init__(self, orders: Orders, registry: SessionRegistry, feed: Feed, brink: Brink, report: Reporter) -> None:
+        self.orders = orders
+        self.registry = registry
+        self.store = registry.store
+        self.log = EventLog(registry.store)
+        self.feed = feed
+        self.brink = brink
+        self.report = report
+        self.held: dict[str, Held] = {}
+        self._claim_at_s = 0.0
+
+    def run(self) -> None:
+        """Work until every stream of the demo is done, by whomever."""
+        while True:
+            self.claim()
+            if self.held:
+                self.go_round()
+            elif self.store.run(ground.unfinished):
+                time.sleep(self.orders.poll_s * random.uniform(0.5, 1.0))
+            else:
+                return
+
+    def claim(self) -> None:
+        """Take what is free, or was left behind by the dead: at the start a fair share, and again with every poll."""
+        if self.held and time.monotonic() < self._claim_at_s:
+            return
+        sessions = self.registry.claim(self.orders.share)
+        self._claim_at_s = time.monotonic() + self.orders.poll_s
+        if sessions or self.brink.planned is None:
+            self.report("claimed", streams=[[session.stream_id, session.token] for session in sessions])
+        claimed = [Held(session, _position(session), self.feed.length(session.stream_id)) for session in sessions]
+        self.held.update((held.session.stream_id, held) for held in claimed)
+        if self.brink.planned is None:
+            self.brink.plan(sum(held.length - held.position for held in claimed))
+
+    def go_round(self) -> None:
+        """Append a batch of each stream; then retire and release those that are done."""
+        done = []
+        for held in list(self.held.values()):
+            self.step(held)
+            if held.position >= held.length and self.held.get(held.session.stream_id) is held:
+                done.append(held)
+            if time.monotonic() >= self._claim_at_s:
+                self.claim()
+        if done:
+            self.store.retire([held.session.stream_id for held in done])
+            for held in done:
+                self.leave(held)
+            self.report("done", streams=[held.session.stream_id for held in done])
+
+    def step(self, held: Held) -> None:
+        """Write the next batch of a stream: the last look, the brink, the write."""
+        session = held.session
+        batch = self.feed.read(session.stream_id, after=held.position, limit=self.orders.batch)
+        if session.remaining() <= timedelta(0):
+            self.leave(held)
+            self.report("left", stream=session.stream_id)
+            return
+        if not batch:
+            return
+        thawed = self.brink.at(session, len(batch))
+        try:
+            appended = self.write(session, batch, held.position + len(batch))
+        except StaleToken as refusal:
+            self.report("refused", stream=session.stream_id, token=session.token, current=refusal.current_token)
+            self.leave(held)
+            return
+        held.position += len(batch)
+        self.brink.written += len(batch)
+        self.report("wrote", stream=session.stream_id, events=appended.count, thawed=thawed)
+
+    def write(self, session: StreamSession, batch: Sequence[Event], position: int) -> Appended:
+        """Append straight to the log, not by `session.append`, which would look once more."""
+        return self.log.append(session.lease, batch, checkpoint={"position": position})
+
+    def leave(self, held: Held) -> None:
+        """Close a session: the stream is done, or no longer ours."""
+        del self.held[held.session.stream_id]
+        held.session.close()
+
+
+def _position(session: StreamSession) -> int:
+    """How many events of the stream have been written, by whomever."""
+    checkpoint = session.checkpoint
+    return 0 if checkpoint is None else int(checkpoint["position"])
+
+
+def main() -> int:
+    """Take orders, work, report; return the exit code."""
+    # Unbuffered, and not sys.stdin, whose lock a thread that reads would hold at the interpreter's end.
+    heard = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 (closed by the end of the process)
+    orders = Orders(**json.loads(heard.readline()))
+    report = Reporter(sys.stdout)
+    begin, thaw = threading.Event(), threading.Event()
+    threading.Thread(target=_listen, args=(heard, begin, thaw), daemon=True).start()
+    ttl = timedelta(seconds=orders.ttl_s)
+    brink = Brink(orders.fault, orders.ttl_s, thaw, report)
+
+    def lost(session: StreamSession, loss: Loss) -> None:
+        report("lost", stream=session.stream_id, loss=str(loss))
+
+    try:
+        with (
+            LeaseStore(orders.url, retry_for=max(timedelta(seconds=10), 3 * ttl)) as store,
+            Feed.open(Path(orders.feed)) as feed,
+            SessionRegistry(
+                store, owner=orders.owner, ttl=ttl, pool=ground.POOL, on_renewed=brink.extended, on_lost=lost
+            ) as registry,
+        ):
+            store.run(ground.unfinished)
+            report("ready")
+            begin.wait()
+            Worker(orders, registry, feed, brink, report).run()
+        report("finished")
+        return 0
+    except LeasesError as error:
+        report("failed", error=str(error), of=type(error).__name__)
+        return 1
+
+
+def _listen(heard: RawIOBase, begin: threading.Event, thaw: threading.Event) -> None:
+    """Hear when to begin, and that to be continued is meant; when the supervisor is gone, go too."""
+    while line := heard.readline():
+        (thaw if line.strip() == b"thaw" else begin).set()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
