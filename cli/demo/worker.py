@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, TextIO
 
 from leases import (
     Event,
@@ -43,9 +43,6 @@ from leases import (
 from leases.cli.demo import ground
 from leases.cli.demo.source import Feed
 from leases.model import Appended
-
-FRESH: Final = 0.1
-"""A victim is struck when its lease was extended less than so much of a TTL ago: so it is frozen for a whole one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +72,19 @@ class Held:
 
 
 class Brink:
-    """Strikes this process once, between a last look and a write: early, but with its work well under way.
+    """Strikes this process once, between a last look and a write: with its work under way, at a round's last stream.
 
-    `planned` is how many events the streams of its first claim had to go. It strikes when a quarter is written and
-    the lease is fresh; or, fresh or not, before more than half is.
+    `planned` is how many events the streams of its first claim had to go; it strikes when a quarter is written. The
+    last stream of a round is the one that whoever takes over comes to last; and the last look comes right after a
+    heartbeat, so that the stream is taken over when a whole TTL has passed, and not sooner. So a thawed worker's write
+    comes before the new owner's, and would be accepted if there were no fence.
     """
 
     def __init__(self, fault: str | None, ttl_s: float, thaw: threading.Event, report: Reporter) -> None:
         self.fault = fault
         self.planned: int | None = None
         self.written = 0
-        self.extended_at_s = time.monotonic()
+        self._extended = threading.Event()
         self._ttl_s = ttl_s
         self._thaw = thaw
         self._report = report
@@ -93,28 +92,28 @@ class Brink:
     def plan(self, events: int) -> None:
         """Hear how many events the first claim has brought; with none, there is nobody to be struck."""
         self.planned = events
-        self.extended_at_s = time.monotonic()
         if not events:
             self.fault = None
 
     def extended(self, _: StreamSession) -> None:
         """Hear that the leases have been extended."""
-        self.extended_at_s = time.monotonic()
+        self._extended.set()
 
-    def at(self, session: StreamSession, size: int) -> bool:
-        """Be struck, if it is time; say whether this process has been frozen and thawed here."""
-        if self.fault is None or self.planned is None:
+    def near(self, size: int) -> bool:
+        """Whether the next write, of so many events, is the one; if so, wait for a heartbeat."""
+        if self.fault is None or self.planned is None or 4 * (self.written + size) <= self.planned:
             return False
-        after = self.written + size
-        fresh = time.monotonic() - self.extended_at_s < FRESH * self._ttl_s
-        if not (4 * after > self.planned and (fresh or 2 * after > self.planned)):
-            return False
+        self._extended.clear()
+        self._extended.wait(self._ttl_s / 2)
+        return True
+
+    def strike(self, session: StreamSession) -> None:
+        """Be killed here, or be frozen and thawed."""
         fault, self.fault = self.fault, None
         self._report("brink", fault=fault, stream=session.stream_id, token=session.token)
         if fault == "kill":
             threading.Event().wait()  # for the supervisor, who kills
         freeze(self._thaw)
-        return True
 
 
 def freeze(thaw: threading.Event) -> None:
@@ -183,8 +182,9 @@ class Worker:
     def go_round(self) -> None:
         """Append a batch of each stream; then retire and release those that are done."""
         done = []
-        for held in list(self.held.values()):
-            self.step(held)
+        round_of = list(self.held.values())
+        for held in round_of:
+            self.step(held, last=held is round_of[-1])
             if held.position >= held.length and self.held.get(held.session.stream_id) is held:
                 done.append(held)
             if time.monotonic() >= self._claim_at_s:
@@ -195,17 +195,19 @@ class Worker:
                 self.leave(held)
             self.report("done", streams=[held.session.stream_id for held in done])
 
-    def step(self, held: Held) -> None:
+    def step(self, held: Held, *, last: bool) -> None:
         """Write the next batch of a stream: the last look, the brink, the write."""
         session = held.session
         batch = self.feed.read(session.stream_id, after=held.position, limit=self.orders.batch)
+        if not batch:
+            return
+        struck = last and self.brink.near(len(batch))
         if session.remaining() <= timedelta(0):
             self.leave(held)
             self.report("left", stream=session.stream_id)
             return
-        if not batch:
-            return
-        thawed = self.brink.at(session, len(batch))
+        if struck:
+            self.brink.strike(session)
         try:
             appended = self.write(session, batch, held.position + len(batch))
         except StaleToken as refusal:
@@ -214,7 +216,7 @@ class Worker:
             return
         held.position += len(batch)
         self.brink.written += len(batch)
-        self.report("wrote", stream=session.stream_id, events=appended.count, thawed=thawed)
+        self.report("wrote", stream=session.stream_id, events=appended.count, thawed=struck)
 
     def write(self, session: StreamSession, batch: Sequence[Event], position: int) -> Appended:
         """Append straight to the log, not by `session.append`, which would look once more."""
