@@ -79,7 +79,7 @@ class Board:
             case {"kind": "refused", "stream": stream_id, "token": token, "current": current}:
                 seat.refused += 1
                 seat.held.discard(stream_id)
-                self.tell(f"worker {seat.number}: write on {stream_id} refused, token {token}, current is {current}")
+                self.tell(f"worker {seat.number}: write to {stream_id} refused: token {token}, current {current}")
             case {"kind": "lost" | "left", "stream": stream_id}:
                 seat.held.discard(stream_id)
             case {"kind": "done", "streams": streams}:
@@ -92,7 +92,7 @@ class Board:
         """Note that a worker was killed or frozen on the brink of a write."""
         seat.state = state
         self.tell(
-            f"worker {seat.number} {state} on the brink of a write to {stream_id} under token {token}, "
+            f"worker {seat.number} {state} before a write to {stream_id} (token {token}), "
             f"holding {plural(len(seat.held), 'stream')}"
         )
 

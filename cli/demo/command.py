@@ -11,16 +11,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import click
 from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
 
 from leases import ConfigError, LeasesError, LeaseStore, SchemaOutdated, StoreError, limits
 from leases.cli.demo import ground, supervisor, view
 from leases.cli.demo.board import Board, plural
 from leases.cli.demo.proof import Proof, prove
-from leases.cli.demo.source import FLIGHTS, BadFile, Feed, Source
+from leases.cli.demo.source import BadFile, Feed, Source
 from leases.engine import describe
 
 MOST_WORKERS: Final = 64
@@ -28,20 +29,6 @@ SHORTEST_TTL_S: Final = 0.5
 
 FAILED, USAGE, STORE, SCHEMA = 1, 2, 3, 4
 """Exit codes, beside 0."""
-
-
-class Columns(click.ParamType[Sequence[str]]):
-    """Names of columns, with commas between them."""
-
-    name = "COLUMN[,COLUMN]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Sequence[str]:
-        if not isinstance(value, str):
-            return tuple(value)
-        names = tuple(name.strip() for name in value.split(","))
-        if not all(names):
-            self.fail(f"{value!r} names no column; write them with commas between: origin,dest", param, ctx)
-        return names
 
 
 class Interrupted(BaseException):
@@ -62,11 +49,15 @@ Examples:
 )
 @click.argument("file", type=click.Path(path_type=Path), required=False, metavar="[FILE.csv]")
 @click.option(
-    "--stream-by", type=Columns(), default="origin,dest", show_default=True, help="Columns that name an event's stream."
+    "--stream-by",
+    metavar="COLUMN[,COLUMN]",
+    default="origin,dest",
+    show_default=True,
+    help="Columns that name an event's stream.",
 )
 @click.option(
     "--id-by",
-    type=Columns(),
+    metavar="COLUMN[,COLUMN]",
     default="time_hour,carrier,flight",
     show_default=True,
     help="Columns that tell one event from another.",
@@ -81,8 +72,8 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the view goes to stderr.")
 def demo(
     file: Path | None,
-    stream_by: Sequence[str],
-    id_by: Sequence[str],
+    stream_by: str,
+    id_by: str,
     workers: int,
     ttl: float,
     url: str | None,
@@ -107,7 +98,7 @@ def demo(
                 f"--kill {kill} and --freeze {freeze} leave none of {plural(workers, 'worker')} at work; "
                 f"use --workers {kill + freeze + 1} or more, or strike fewer"
             )
-        source = Source(file, stream_by, id_by)
+        source = Source(file, _columns("--stream-by", stream_by), _columns("--id-by", id_by))
         with _signals(), tempfile.TemporaryDirectory(prefix="leases-demo-") as directory:
             code = _run(source, plan, url, Path(directory), as_json)
     except (ConfigError, BadFile) as error:
@@ -125,9 +116,25 @@ def demo(
     sys.exit(code)
 
 
+def _columns(option: str, value: str) -> Sequence[str]:
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise ConfigError(f"{option} {value!r} leaves a column without a name; write them with commas between")
+    return names
+
+
+def _printable(text: str) -> str:
+    """Text from a file or its name, on one line, without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def _fail(code: int, message: str) -> NoReturn:
-    click.echo(f"leases demo: {' '.join(message.split())}", err=True)
+    _say(message)
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    click.echo(f"leases: {_printable(message)}", err=True)
 
 
 @contextmanager
@@ -158,37 +165,42 @@ def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path
     events = sum(lengths.values())
     database = f"sqlite:///{directory / 'leases.db'}" if url is None else url
     with LeaseStore(database) as store:
+        if store.url.get_backend_name() == "sqlite" and store.url.database in (None, "", ":memory:"):
+            raise ConfigError("processes cannot share a database in memory; name a file: sqlite:///FILE")
         where = "a temporary SQLite file" if url is None else describe(store.url)
         ground.make_tables(store)
         taken = store.run(lambda connection: ground.take(connection, lengths.keys()))
         if taken.cleared:
-            click.echo(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}", err=True)
-        console.print(
-            f"{source.name}: {plural(events, 'event')} in {plural(len(lengths), 'stream')}, "
-            f"shared by {plural(plan.workers, 'worker')} on {where}",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            _say(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}")
+        _print(console, f"{source.name}: {plural(events, 'event')} in {plural(len(lengths), 'stream')}")
+        _print(console, f"{plural(plan.workers, 'worker')} on {where}, {plan.kill} to kill, {plan.freeze} to freeze")
         board = Board(supervisor.owners(plan.workers), events=events, streams=len(lengths))
-        owners = [seat.owner for seat in board.seats]
         crew = supervisor.Crew(store, database, feed_file, plan, board, lengths)
         try:
             with view.shown(board, console) as refresh, crew:
                 crew.run(refresh)
-        except BaseException:
-            with suppress(LeasesError):  # if not, what the dead hold expires by itself
-                store.run(lambda connection: ground.give_back(connection, owners))
-            raise
-        proof = store.run(lambda connection: prove(connection, source.events(), taken.tokens, crew.strikes))
+        finally:
+            with suppress(SQLAlchemyError), store.engine.begin() as connection:  # if not, it expires by itself
+                ground.give_back(connection, [seat.owner for seat in board.seats])
+        proof = store.run(
+            lambda connection: prove(connection, source.events(), taken.tokens, crew.strikes), read_only=True
+        )
     figures = _figures(proof, board, plan, time.monotonic() - began_s)
-    faults = _complaints(proof, crew, plan)
+    good = proof.holds and not crew.unrefused
     console.print()
     console.print(view.proof_table(figures))
-    console.print(view.signature(figures, where), markup=False, highlight=False, soft_wrap=True)
-    for fault in faults:
-        click.echo(f"leases demo: {fault}", err=True)
+    _print(console, view.signature(figures))
+    if good:
+        console.print("Every event is in the log exactly once, and no stale write got in.", style="green")
+    for complaint in _complaints(proof, crew, plan):
+        _say(complaint)
     if as_json:
         click.echo(json.dumps(figures))
-    return FAILED if not proof.holds or crew.unrefused else 0
+    return 0 if good else FAILED
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) -> dict[str, int | float]:
@@ -215,7 +227,7 @@ def _complaints(proof: Proof, crew: supervisor.Crew, plan: supervisor.Plan) -> l
     if proof.misplaced:
         complaints.append(f"{plural(proof.misplaced, 'event')} in the log out of order, or not of the file")
     if crew.unrefused:
-        complaints.append(f"a frozen worker's write was not refused, on {', '.join(crew.unrefused)}")
+        complaints.append(f"a frozen worker's write was not refused, to {', '.join(crew.unrefused)}")
     asked = plan.kill + plan.freeze
     if len(crew.strikes) < asked:
         complaints.append(
@@ -223,6 +235,3 @@ def _complaints(proof: Proof, crew: supervisor.Crew, plan: supervisor.Plan) -> l
             "the file has too few streams for each of them to hold one"
         )
     return complaints
-
-
-__all__ = ["FLIGHTS", "demo"]

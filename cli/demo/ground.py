@@ -15,9 +15,8 @@ from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, upd
 
 from leases import LeaseStore, dialects, migrate, operations
 from leases.dialects import now, one_of, wall
-from leases.schema import lease_checkpoints, lease_events, leases
+from leases.schema import lease_checkpoints, lease_events, lease_workers, leases
 from leases.statements import LIVE
-from leases.types import Timestamp
 
 POOL: Final = "demo"
 """The pool of the demo's streams."""
@@ -95,25 +94,16 @@ def unfinished(connection: Connection) -> int:
 
 
 def give_back(connection: Connection, owners: Collection[str]) -> None:
-    """Release what dead workers of a run that was cut short still hold, so that the next run need not wait."""
+    """Take the workers of a run off the list, and release what dead ones still hold: the next run need not wait."""
     connection.execute(
         update(leases)
         .where(leases.c.pool == POOL, leases.c.owner.in_(owners))
         .values(owner=None, expires_at=None, available_at=now())
     )
+    connection.execute(delete(lease_workers).where(lease_workers.c.worker_id.in_(owners)))
 
 
-def clock(store: LeaseStore) -> datetime:
-    """The database's clock. Outside any transaction, so that a frozen writer's locks do not keep the answer back."""
-    dialect = store.engine.dialect
-    driver = store.engine.raw_connection()
-    try:
-        cursor = driver.cursor()
-        cursor.execute(str(select(wall()).compile(dialect=dialect)))
-        (answer,) = cursor.fetchall()
-        cursor.close()
-    finally:
-        driver.close()
-    read = Timestamp().process_result_value(answer[0], dialect)
-    assert read is not None
+def clock(connection: Connection) -> datetime:
+    """The database's clock."""
+    read: datetime = connection.execute(select(wall())).scalar_one()
     return read

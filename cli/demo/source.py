@@ -119,6 +119,11 @@ def _events(source: Source, text: io.TextIOBase) -> Iterator[SourceEvent]:
         raise BadFile(f"{source.name}, line {reader.line_num}: no proper CSV ({error}); mend it") from None
 
 
+def _few(names: Sequence[str]) -> str:
+    """The names, as many as a line can bear."""
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
 class _Joined:
     """Joins some columns of a row with `-`, and sees to it that two different rows do not look alike by that."""
 
@@ -128,7 +133,7 @@ class _Joined:
             raise BadFile(f"{source.name} has two columns named {twice[0]!r}; rename one")
         for name in columns:
             if name not in header:
-                raise BadFile(f"{option}: {source.name} has no column {name!r}; it has {', '.join(header)}")
+                raise BadFile(f"{option}: {source.name} has no column {name!r}; it has {_few(header)}")
         self._where = f"{option}: {source.name}"
         self._places = [header.index(name) for name in columns]
         self._parts: dict[str, tuple[str, ...]] = {}

@@ -87,6 +87,7 @@ class _Process:
     fault: str | None
     popen: subprocess.Popen[bytes]
     errors: Path
+    listener: threading.Thread | None = None
     ready: bool = False
     claimed: bool = False
     finished: bool = False
@@ -161,7 +162,8 @@ class Crew:
             process = _Process(seat, orders.fault, popen, errors)
             self._processes.append(process)
             process.say(orders.as_json())
-            threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+            process.listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
+            process.listener.start()
 
     def _listen(self, process: _Process) -> None:
         assert process.popen.stdout is not None
@@ -176,6 +178,8 @@ class Crew:
             process.popen.kill()
         for process in self._processes:
             process.popen.wait()
+            if process.listener is not None:
+                process.listener.join()
             for pipe in (process.popen.stdin, process.popen.stdout):
                 if pipe is not None:
                     with suppress(OSError):  # what it was told last, it need not hear
@@ -227,7 +231,7 @@ class Crew:
             case {"kind": "wrote", "stream": stream_id, "thawed": True}:
                 process.frozen = None
                 self.unrefused.append(stream_id)
-                self.board.tell(f"worker {process.seat.number}: its write on {stream_id} was NOT refused")
+                self.board.tell(f"worker {process.seat.number}: its write to {stream_id} was NOT refused")
             case {"kind": "finished"}:
                 process.finished = True
             case {"kind": "failed", "error": error, "of": kind}:
@@ -246,7 +250,7 @@ class Crew:
     # --- the strikes -------------------------------------------------------------------------------------------
 
     def _strike(self, process: _Process, fault: str, stream_id: str, token: int) -> None:
-        self.strikes.append(Strike(process.seat.owner, ground.clock(self._store)))
+        self.strikes.append(Strike(process.seat.owner, self._store.run(ground.clock, read_only=True)))
         if fault == "kill":
             process.popen.kill()
             process.popen.wait()

@@ -118,9 +118,7 @@ def proof_table(figures: dict[str, int | float]) -> RenderableType:
     return table
 
 
-def signature(figures: dict[str, int | float], where: str) -> str:
-    """How big the run was, and where."""
-    return (
-        f"{plural(int(figures['workers']), 'worker')}, {plural(int(figures['streams']), 'stream')}, "
-        f"{figures['seconds']:.1f} s, on {where}"
-    )
+def signature(figures: dict[str, int | float]) -> str:
+    """How big the run was."""
+    workers, streams = int(figures["workers"]), int(figures["streams"])
+    return f"{plural(workers, 'worker')}, {plural(streams, 'stream')}, {figures['seconds']:.1f} s"

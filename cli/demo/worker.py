@@ -30,16 +30,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, TextIO
 
-from leases import (
-    Event,
-    EventLog,
-    LeasesError,
-    LeaseStore,
-    Loss,
-    SessionRegistry,
-    StaleToken,
-    StreamSession,
-)
+from leases import Event, EventLog, LeasesError, LeaseStore, Loss, SessionRegistry, StaleToken, StreamSession
 from leases.cli.demo import ground
 from leases.cli.demo.source import Feed
 from leases.model import Appended
@@ -161,7 +152,7 @@ class Worker:
             self.claim()
             if self.held:
                 self.go_round()
-            elif self.store.run(ground.unfinished):
+            elif self.store.run(ground.unfinished, read_only=True):
                 time.sleep(self.orders.poll_s * random.uniform(0.5, 1.0))
             else:
                 return
@@ -256,7 +247,7 @@ def main() -> int:
                 store, owner=orders.owner, ttl=ttl, pool=ground.POOL, on_renewed=brink.extended, on_lost=lost
             ) as registry,
         ):
-            store.run(ground.unfinished)
+            store.run(ground.unfinished, read_only=True)
             report("ready")
             begin.wait()
             Worker(orders, registry, feed, brink, report).run()
