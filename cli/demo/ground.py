@@ -12,9 +12,11 @@ from datetime import datetime
 from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from leases import LeaseStore, dialects, migrate, operations
 from leases.dialects import now, one_of, wall
+from leases.engine import translate
 from leases.schema import lease_checkpoints, lease_events, lease_workers, leases
 from leases.statements import LIVE
 
@@ -36,9 +38,12 @@ class Ground:
 
 def make_tables(store: LeaseStore) -> bool:
     """Migrate a database that has no lease tables; say whether it was so. One of another version is left alone."""
-    with store.base_engine.connect() as connection:
-        if migrate.version(connection) is not None:
-            return False
+    try:
+        with store.base_engine.connect() as connection:
+            if migrate.version(connection) is not None:
+                return False
+    except SQLAlchemyError as error:
+        raise translate(error, store.url) from None
     store.migrate()
     return True
 
@@ -72,7 +77,7 @@ def take(connection: Connection, stream_ids: Collection[str]) -> Ground:
     connection.execute(update(leases).where(ours, leases.c.retired_at.is_(None)).values(retired_at=now()))
     operations.register(connection, stream_ids, pool=POOL)
     tokens = select(leases.c.stream_id, leases.c.fencing_token).where(named(connection, leases.c.stream_id))
-    return Ground(dict(connection.execute(tokens, given).tuples().all()), cleared)
+    return Ground({row.stream_id: row.fencing_token for row in connection.execute(tokens, given)}, cleared)
 
 
 def _refuse_what_is_not_ours(connection: Connection, given: dict[str, object], ours: ColumnElement[bool]) -> None:

@@ -76,6 +76,7 @@ class Brink:
         self.planned: int | None = None
         self.written = 0
         self._extended = threading.Event()
+        self._extended_at_s = 0.0
         self._ttl_s = ttl_s
         self._thaw = thaw
         self._report = report
@@ -83,19 +84,22 @@ class Brink:
     def plan(self, events: int) -> None:
         """Hear how many events the first claim has brought; with none, there is nobody to be struck."""
         self.planned = events
+        self._extended_at_s = time.monotonic()
         if not events:
             self.fault = None
 
     def extended(self, _: StreamSession) -> None:
         """Hear that the leases have been extended."""
+        self._extended_at_s = time.monotonic()
         self._extended.set()
 
     def near(self, size: int) -> bool:
-        """Whether the next write, of so many events, is the one; if so, wait for a heartbeat."""
+        """Whether the next write, of so many events, is the one; if so, wait for a heartbeat, unless one just was."""
         if self.fault is None or self.planned is None or 4 * (self.written + size) <= self.planned:
             return False
-        self._extended.clear()
-        self._extended.wait(self._ttl_s / 2)
+        if time.monotonic() - self._extended_at_s > self._ttl_s / 100:
+            self._extended.clear()
+            self._extended.wait(self._ttl_s / 2)
         return True
 
     def strike(self, session: StreamSession) -> None:

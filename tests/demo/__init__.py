@@ -1,0 +1,1 @@
+"""The demo: its file, its ground, its proof, and whole runs."""
