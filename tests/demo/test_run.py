@@ -173,17 +173,24 @@ def frozen(file: Path, temporary: Path, sqlite_url: str) -> Iterator[subprocess.
         process.kill()
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-    )
-    return [int(pid) for pid in listed.stdout.split()]
+def workers_of(url: str) -> list[int]:
+    """The two workers of the run, as they have enlisted."""
+    deadline = time.monotonic() + 10
+    with LeaseStore(url) as store:
+        while len(workers := store.workers()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert len(workers) == 2
+    return [worker.pid for worker in workers]
 
 
 def alive(pid: int) -> bool:
     """Whether a process runs, or is stopped: not one that is dead and waits for its parent to hear of it."""
-    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return bool(found.stdout.strip()) and not found.stdout.startswith("Z")
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def end_of(pids: list[int]) -> bool:
@@ -197,8 +204,7 @@ def end_of(pids: list[int]) -> bool:
 def test_an_interrupted_run_ends_its_workers_and_gives_everything_back(
     frozen: subprocess.Popen[str], temporary: Path, sqlite_url: str, number: int, code: int
 ) -> None:
-    workers = children(frozen)
-    assert len(workers) == 2
+    workers = workers_of(sqlite_url)
     frozen.send_signal(number)
     _, errors = frozen.communicate(timeout=20)
     assert frozen.returncode == code
@@ -209,9 +215,8 @@ def test_an_interrupted_run_ends_its_workers_and_gives_everything_back(
         assert not any(info.live for info in store.list(pool=POOL))
 
 
-def test_workers_do_not_outlive_a_supervisor_that_was_killed(frozen: subprocess.Popen[str]) -> None:
-    workers = children(frozen)
-    assert len(workers) == 2
+def test_workers_do_not_outlive_a_supervisor_that_was_killed(frozen: subprocess.Popen[str], sqlite_url: str) -> None:
+    workers = workers_of(sqlite_url)
     frozen.kill()
     frozen.wait()
     assert end_of(workers)
