@@ -106,9 +106,10 @@ class _Frozen:
     stream_id: str
     token: int
     at_s: float
+    awake_at_s: float
+    look_at_s: float
     taken: bool = False
     thawed: bool = False
-    look_at_s: float = 0.0
 
 
 class Crew:
@@ -195,7 +196,11 @@ class Crew:
             victim.say("begin")
             self._until(lambda victim=victim: victim.claimed, refresh, START_S)  # type: ignore[misc]
         for process in self._processes:
-            process.say("begin")
+            if not process.fault:
+                process.say("begin")
+        self._until(lambda: all(process.claimed for process in self._processes), refresh, START_S)
+        for process in self._processes:
+            process.say("all_claimed")
         self._until(lambda: all(process.ended for process in self._processes), refresh, 60 + 5 * self._plan.ttl_s)
 
     def _until(self, condition: Callable[[], bool], refresh: Callable[[], object], patience_s: float) -> None:
@@ -257,7 +262,7 @@ class Crew:
             self.board.struck(process.seat, State.KILLED, stream_id, token)
         else:
             now_s = time.monotonic()
-            process.frozen = _Frozen(stream_id, token, now_s, look_at_s=now_s + 0.2)
+            process.frozen = _Frozen(stream_id, token, now_s, now_s, now_s + 0.2)
             self.board.struck(process.seat, State.FROZEN, stream_id, token)
 
     def _look_for_takeovers(self, claimer: _Process, streams: list[tuple[str, int]]) -> None:
@@ -276,9 +281,11 @@ class Crew:
                 self.board.thawed(process.seat)
             process.popen.send_signal(signal.SIGCONT)  # at every tick until it reports: it may have been stopping
         elif now_s >= frozen.look_at_s:
-            overdue = now_s > frozen.at_s + self._plan.ttl_s + 2 * self._plan.poll_s + 2
+            # It may have rows locked that others wait for. Not more often: awake it may beat, and so look alive.
+            overdue = now_s > frozen.awake_at_s + self._plan.ttl_s + 2 * self._plan.poll_s + 2
             if overdue or not self._may_write():
                 process.popen.send_signal(signal.SIGCONT)
+                frozen.awake_at_s = now_s
             frozen.look_at_s = now_s + NUDGE_S
 
     def _may_write(self) -> bool:

@@ -1,7 +1,7 @@
 """One worker process of the demo: claims streams, appends their events under the fence, takes over what others leave.
 
 Started by the supervisor as `python -m leases.cli.demo.worker`. Its orders come as JSON on standard input, one line
-(never as arguments: the URL may hold a password), then a line when it may begin; what it does it reports as JSON
+(never as arguments: the URL may hold a password), then words, a line each; what it does it reports as JSON
 lines on standard output. When its standard input ends, its supervisor is dead, and it ends at once.
 
 How it writes is the point of the demo:
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
@@ -51,6 +51,15 @@ class Orders:
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the supervisor says to a worker during the run, one word a line, each once."""
+
+    begin: threading.Event = field(default_factory=threading.Event)
+    all_claimed: threading.Event = field(default_factory=threading.Event)
+    thaw: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -139,8 +148,11 @@ class Reporter:
 class Worker:
     """The work: claim, go round the streams a batch at a time, retire those that are done, until all are."""
 
-    def __init__(self, orders: Orders, registry: SessionRegistry, feed: Feed, brink: Brink, report: Reporter) -> None:
+    def __init__(
+        self, orders: Orders, registry: SessionRegistry, feed: Feed, brink: Brink, words: Words, report: Reporter
+    ) -> None:
         self.orders = orders
+        self.words = words
         self.registry = registry
         self.store = registry.store
         self.log = EventLog(registry.store)
@@ -162,16 +174,17 @@ class Worker:
                 return
 
     def claim(self) -> None:
-        """Take what is free, or was left behind by the dead: at the start a fair share, and again with every poll."""
-        if self.held and time.monotonic() < self._claim_at_s:
+        """Take a fair share at first; when all have theirs, with every poll what is free or was left behind."""
+        first = self.brink.planned is None
+        if not first and not (self.words.all_claimed.is_set() and time.monotonic() >= self._claim_at_s):
             return
         sessions = self.registry.claim(self.orders.share)
         self._claim_at_s = time.monotonic() + self.orders.poll_s
-        if sessions or self.brink.planned is None:
+        if sessions or first:
             self.report("claimed", streams=[[session.stream_id, session.token] for session in sessions])
         claimed = [Held(session, _position(session), self.feed.length(session.stream_id)) for session in sessions]
         self.held.update((held.session.stream_id, held) for held in claimed)
-        if self.brink.planned is None:
+        if first:
             self.brink.plan(sum(held.length - held.position for held in claimed))
 
     def go_round(self) -> None:
@@ -182,8 +195,7 @@ class Worker:
             self.step(held, last=held is round_of[-1])
             if held.position >= held.length and self.held.get(held.session.stream_id) is held:
                 done.append(held)
-            if time.monotonic() >= self._claim_at_s:
-                self.claim()
+            self.claim()
         if done:
             self.store.retire([held.session.stream_id for held in done])
             for held in done:
@@ -235,10 +247,10 @@ def main() -> int:
     heard = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 (closed by the end of the process)
     orders = Orders(**json.loads(heard.readline()))
     report = Reporter(sys.stdout)
-    begin, thaw = threading.Event(), threading.Event()
-    threading.Thread(target=_listen, args=(heard, begin, thaw), daemon=True).start()
+    words = Words()
+    threading.Thread(target=_listen, args=(heard, words), daemon=True).start()
     ttl = timedelta(seconds=orders.ttl_s)
-    brink = Brink(orders.fault, orders.ttl_s, thaw, report)
+    brink = Brink(orders.fault, orders.ttl_s, words.thaw, report)
 
     def lost(session: StreamSession, loss: Loss) -> None:
         report("lost", stream=session.stream_id, loss=str(loss))
@@ -253,8 +265,8 @@ def main() -> int:
         ):
             store.run(ground.unfinished, read_only=True)
             report("ready")
-            begin.wait()
-            Worker(orders, registry, feed, brink, report).run()
+            words.begin.wait()
+            Worker(orders, registry, feed, brink, words, report).run()
         report("finished")
         return 0
     except LeasesError as error:
@@ -262,10 +274,10 @@ def main() -> int:
         return 1
 
 
-def _listen(heard: RawIOBase, begin: threading.Event, thaw: threading.Event) -> None:
-    """Hear when to begin, and that to be continued is meant; when the supervisor is gone, go too."""
+def _listen(heard: RawIOBase, words: Words) -> None:
+    """Hear what the supervisor says; when it is gone, go too."""
     while line := heard.readline():
-        (thaw if line.strip() == b"thaw" else begin).set()
+        getattr(words, line.strip().decode()).set()
     os._exit(1)
 
 
