@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from alembic import context
 from leases.engine import create_engine
 from leases.errors import ConfigError
-from leases.migrate import lock
+from leases.migrate import lock, use_wal
 from leases.schema import VERSION_TABLE, metadata
 
 
@@ -42,8 +42,11 @@ def run() -> None:
     url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("LEASES_DATABASE_URL")
     if not url:
         raise ConfigError("name the database: set LEASES_DATABASE_URL, or use `alembic -x url=… upgrade head`")
-    with create_engine(url).begin() as connection:
-        migrate(connection, None)
+    with create_engine(url).connect() as connection:
+        with connection.begin():
+            migrate(connection, None)
+        if connection.dialect.name == "sqlite":
+            use_wal(connection)
 
 
 run()

@@ -70,9 +70,14 @@ class AsyncLeaseStore:
 
     async def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this code's version; return the versions before and after. May be repeated."""
-        with translated(self.url):
-            async with self.base_engine.connect() as connection:
-                return await connection.run_sync(migrate.migrate_on, schema=self.schema)
+        while not migrate.TURN.acquire(blocking=False):
+            await asyncio.sleep(0.01)
+        try:
+            with translated(self.url):
+                async with self.base_engine.connect() as connection:
+                    return await connection.run_sync(migrate.migrate_on, schema=self.schema)
+        finally:
+            migrate.TURN.release()
 
     async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
         """Run a function of a (sync) Connection in a transaction, through `run_sync`; see `LeaseStore.run`."""

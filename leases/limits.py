@@ -51,6 +51,16 @@ def event_id(value: str) -> str:
     return _name("event_id", value)
 
 
+def schema(value: str) -> str:
+    """Return `value` if it can name a PostgreSQL schema: at most 63 bytes, which the server would cut off silently."""
+    _name("schema", value)
+    if len(value.encode()) > 63:
+        raise ConfigError(f"schema must have 63 bytes at most, this one has {len(value.encode())}")
+    if "$$" in value or value.startswith("pg_"):
+        raise ConfigError("schema must not begin with pg_, nor hold $$; choose another name")
+    return value
+
+
 def _name(what: str, value: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{what} must be text, not {type(value).__name__}")

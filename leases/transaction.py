@@ -9,23 +9,23 @@ import functools
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, Transaction, event
+from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from leases import administration, migrate, recipes, views
+from leases import administration, limits, migrate, recipes, views
 from leases.dialects import POSTGRESQL, SQLITE, require_supported
 from leases.engine import (
     BUSY_OPTION,
     TIMED_OUT_STATES,
-    begin_immediate,
+    as_writer,
     describe,
     is_busy,
     is_disconnect,
+    sqlite_file,
     sqlstate,
     translate,
 )
@@ -49,12 +49,12 @@ RETRY_FOR = timedelta(seconds=10)
 def own(engine: Engine, schema: str | None) -> Engine:
     """The engine as the protocol needs it, on the same pool; the caller's own use of it stays as it is."""
     require_supported(engine.dialect.name)
+    if schema is not None:
+        limits.schema(schema)
     if engine.dialect.name == SQLITE:
         if schema is not None:
             raise ConfigError("schema= is for PostgreSQL; SQLite has one schema per file")
-        ours = engine.execution_options()
-        event.listen(ours, "begin", begin_immediate)
-        return ours
+        return as_writer(engine)
     return engine.execution_options(
         isolation_level="READ COMMITTED", schema_translate_map=None if schema is None else {None: schema}
     )
@@ -145,10 +145,10 @@ class Tables:
 
     def check_file(self) -> None:
         """Refuse a SQLite file that is not there: to connect would create it."""
-        name = self.url.database
-        if self._checked or self.url.get_backend_name() != SQLITE or name in (None, "", ":memory:"):
+        if self._checked or self.url.get_backend_name() != SQLITE:
             return
-        if not str(name).startswith("file:") and not Path(str(name)).exists():
+        file = sqlite_file(self.url)
+        if file is not None and not file.exists():
             raise SchemaOutdated(f"there is no database at {describe(self.url)}; run `leases migrate`")
 
     def check(self, connection: Connection) -> None:

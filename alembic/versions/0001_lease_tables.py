@@ -146,6 +146,7 @@ def upgrade() -> None:
 
     if on_postgresql:
         schema = op.get_bind().scalar(sa.text("SELECT quote_ident(current_schema())"))
+        schema = schema.replace(":", "\\:")  # else alembic would take it for a parameter
         for statement in TRIGGERS_POSTGRESQL:
             op.execute(statement.replace("SCHEMA.", f"{schema}."))
     else:
