@@ -7,7 +7,6 @@ what to do, and because SQLite accepts a NUL in text and PostgreSQL's driver doe
 from __future__ import annotations
 
 import json
-import math
 import re
 import unicodedata
 from datetime import timedelta
@@ -79,8 +78,8 @@ def ttl(value: timedelta | float) -> timedelta:
         result = value
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"ttl must be a timedelta or seconds, not {type(value).__name__}")
-    elif not math.isfinite(value) or abs(value) > 1e9:
-        raise ConfigError(f"ttl must be a time between {MIN_TTL.total_seconds():g} s and 24 h, not {value}")
+    elif not abs(value) <= 1e9:  # so also NaN
+        raise ConfigError(f"ttl must be a time between {MIN_TTL.total_seconds():g} s and 24 h, not {_shown(value)}")
     else:
         result = timedelta(seconds=value)
     if not MIN_TTL <= result <= MAX_TTL:
@@ -93,9 +92,9 @@ def ttl(value: timedelta | float) -> timedelta:
 def fencing_token(value: int) -> int:
     """Return `value` if it can be a fencing token: an integer from 0 to 2**63 - 1."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"a fencing token is an integer, not {value!r}")
+        raise ConfigError(f"a fencing token is an integer, not {_shown(value)}")
     if not 0 <= value <= MAX_TOKEN:
-        raise ConfigError(f"a fencing token is between 0 and 2**63 - 1, not {value}")
+        raise ConfigError(f"a fencing token is between 0 and 2**63 - 1, not {_shown(value)}")
     return value
 
 
@@ -113,8 +112,17 @@ def text(what: str, value: str, *, longest: int = 2000) -> str:
 def count(what: str, value: int, *, least: int = 1, most: int = 1_000_000) -> int:
     """Return an integer between `least` and `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{what} must be an integer between {least} and {most}, not {value!r}")
+        raise ConfigError(f"{what} must be an integer between {least} and {most}, not {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """What was given, short enough for a message; Python writes no integer of more than 4300 digits."""
+    try:
+        shown = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
