@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
 from leases import administration, events, migrate, operations, recipes, views
-from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
+from leases.engine import READ_OPTION, check_file, create_async_engine, dedicated, describe
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.store import LeaseStore
@@ -70,6 +70,7 @@ class AsyncLeaseStore:
 
     async def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this code's version; return the versions before and after. May be repeated."""
+        check_file(self.url, create=True)
         while not migrate.TURN.acquire(blocking=False):
             await asyncio.sleep(0.01)
         try:

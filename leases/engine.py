@@ -308,6 +308,22 @@ FILE_ADVICE = {
 """What to do about SQLite's errors of a file."""
 
 
+def check_file(url: URL, *, create: bool) -> None:
+    """Refuse a SQLite file that cannot be opened, before anything is.
+
+    To open a file makes it, which only a migration is to do. And aiosqlite's thread for a connection that failed may
+    end after the event loop, with a traceback on stderr.
+    """
+    file = sqlite_file(url) if url.get_backend_name() == "sqlite" else None
+    if file is None:
+        return
+    if file.is_dir() or (create and not file.parent.is_dir()):
+        advice = FILE_ADVICE[sqlite3.SQLITE_CANTOPEN]
+        raise StoreError(f"{describe(url)} refused: unable to open database file; {advice}")
+    if not create and not file.exists():
+        raise SchemaOutdated(f"there is no database at {describe(url)}; run `leases migrate`")
+
+
 def translate(error: SQLAlchemyError, url: URL) -> LeasesError:
     """Make one of our errors of the driver's. Its text is one line, and never has a password in it."""
     where = describe(url)

@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
 from leases import administration, events, migrate, operations, recipes, views
-from leases.engine import READ_OPTION, create_engine, describe
+from leases.engine import READ_OPTION, check_file, create_engine, describe
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.transaction import (
@@ -88,6 +88,7 @@ class LeaseStore:
 
     def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this code's version; return the versions before and after. May be repeated."""
+        check_file(self.url, create=True)
         with translated(self.url):
             return migrate.migrate(self.base_engine, schema=self.schema)
 

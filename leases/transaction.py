@@ -22,14 +22,14 @@ from leases.engine import (
     BUSY_OPTION,
     TIMED_OUT_STATES,
     as_writer,
+    check_file,
     describe,
     is_busy,
     is_disconnect,
-    sqlite_file,
     sqlstate,
     translate,
 )
-from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, SchemaOutdated, StoreUnavailable
+from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, StoreUnavailable
 from leases.fencing import fence
 from leases.model import Blocker, Lease
 from leases.recipes import Step, Wait
@@ -145,11 +145,8 @@ class Tables:
 
     def check_file(self) -> None:
         """Refuse a SQLite file that is not there: to connect would create it."""
-        if self._checked or self.url.get_backend_name() != SQLITE:
-            return
-        file = sqlite_file(self.url)
-        if file is not None and not file.exists():
-            raise SchemaOutdated(f"there is no database at {describe(self.url)}; run `leases migrate`")
+        if not self._checked:
+            check_file(self.url, create=False)
 
     def check(self, connection: Connection) -> None:
         if not self._checked:

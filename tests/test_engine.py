@@ -299,7 +299,7 @@ def test_a_locked_file_is_unavailable(sqlite_url: str) -> None:
     engine = engines.create_engine(sqlite_url).execution_options(**{engines.BUSY_OPTION: 1})
     with LeaseStore(engine, retry_for=BRIEFLY) as store:
         with pytest.raises(StoreUnavailable, match="is locked by another process's transaction; try again"):
-            store.get("a")
+            store.acquire("a", owner="one", ttl=TTL)
     other.close()
     engine.dispose()
 
