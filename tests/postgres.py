@@ -59,7 +59,7 @@ def running(settings: Mapping[str, str] | None = None) -> Iterator[Server]:
     if given:
         yield Server(make_url(given).set(drivername="postgresql+psycopg"), None)
         return
-    directory = Path(tempfile.mkdtemp(prefix="leases-postgres-"))
+    directory = _room()
     try:
         yield from _started(directory, {**SETTINGS, **(settings or {})})
     finally:
@@ -72,10 +72,8 @@ def _started(directory: Path, settings: Mapping[str, str]) -> Iterator[Server]:
     if os.geteuid() == 0:
         user = _unprivileged()
         shutil.chown(directory, user)
-        if not _may_run(user, home / "bin" / "postgres"):
-            shutil.copytree(home, directory / "installed", symlinks=True)
-            home = directory / "installed"
-            (directory / "installed").chmod(0o755)
+        if not _may_run(user, str(home / "bin" / "initdb"), "--version"):
+            home = _copy(home, directory / "installed", user)
     environment = {**os.environ, "HOME": str(directory), "LC_ALL": "C"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PG")}
     data = directory / "data"
@@ -131,11 +129,33 @@ def _unprivileged() -> str:
     raise RuntimeError("PostgreSQL refuses to run as root, and there is no user to run it as")
 
 
-def _may_run(user: str, program: Path) -> bool:
+def _may_run(user: str, *command: str) -> bool:
     try:
-        return subprocess.run([str(program), "--version"], user=user, capture_output=True, check=False).returncode == 0
+        return subprocess.run(command, user=user, capture_output=True, check=False).returncode == 0
     except OSError:
         return False
+
+
+def _copy(home: Path, to: Path, user: str) -> Path:
+    """Copy the binaries, with the wheel's libraries where they look for them, and give all to a user."""
+    package = home.parent
+    shutil.copytree(home, to / package.name / home.name, symlinks=True)
+    shutil.copytree(package.with_name(f"{package.name}.libs"), to / f"{package.name}.libs", symlinks=True)
+    for place, _, names in os.walk(to):
+        for path in (Path(place), *(Path(place, name) for name in names)):
+            if not path.is_symlink():
+                shutil.chown(path, user)
+    return to / package.name / home.name
+
+
+def _room() -> Path:
+    """Make a temporary directory; as root one that the unprivileged user can reach, wherever TMPDIR is."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        directory = Path(tempfile.mkdtemp(prefix="leases-postgres-", dir=parent))
+        if os.geteuid() != 0 or _may_run(_unprivileged(), "test", "-d", str(directory)):
+            return directory
+        directory.rmdir()
+    raise RuntimeError(f"no temporary directory that {_unprivileged()} can reach; set TMPDIR to one")
 
 
 def _free_port() -> int:
