@@ -251,19 +251,33 @@ def prune(connection: Connection, *, before: datetime, limit: int = PRUNE_BATCH)
     """
     limits.count("limit", limit)
 
-    def old(table: Any, *conditions: Any) -> int:
+    def old(table: Any, condition: Any) -> int:
         keys = list(table.primary_key.columns)
-        chosen = select(*keys).where(*conditions).limit(limit)
+        chosen = select(*keys).where(condition).limit(limit)
         return connection.execute(delete(table).where(tuple_(*keys).in_(chosen))).rowcount
 
+    return Pruned(**{name: old(table, condition) for name, (table, condition) in _ended(before).items()})
+
+
+def prunable(connection: Connection, *, before: datetime) -> Pruned:
+    """Count what `prune` would delete, and delete nothing."""
+
+    def old(table: Any, condition: Any) -> int:
+        return connection.execute(select(func.count()).select_from(table).where(condition)).scalar_one()
+
+    return Pruned(**{name: old(table, condition) for name, (table, condition) in _ended(before).items()})
+
+
+def _ended(before: datetime) -> dict[str, tuple[Any, Any]]:
+    """What a prune deletes: tables and their conditions, by the names of `Pruned`."""
     retired = select(leases.c.stream_id).where(leases.c.retired_at < before)
-    return Pruned(
-        grants=old(lease_grants, lease_grants.c.ended_at < before),
-        events=old(lease_events, lease_events.c.recorded_at < before),
-        audit=old(lease_audit, lease_audit.c.at < before),
-        checkpoints=old(lease_checkpoints, lease_checkpoints.c.stream_id.in_(retired)),
-        workers=old(lease_workers, lease_workers.c.expires_at < before),
-    )
+    return {
+        "grants": (lease_grants, lease_grants.c.ended_at < before),
+        "events": (lease_events, lease_events.c.recorded_at < before),
+        "audit": (lease_audit, lease_audit.c.at < before),
+        "checkpoints": (lease_checkpoints, lease_checkpoints.c.stream_id.in_(retired)),
+        "workers": (lease_workers, lease_workers.c.expires_at < before),
+    }
 
 
 def record(

@@ -1,0 +1,5 @@
+"""`python -m leases.cli` is the command `leases`."""
+
+from leases.cli import main
+
+main()
