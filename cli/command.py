@@ -52,6 +52,16 @@ def code_of(error: LeasesError) -> int:
     return STORE if isinstance(error, StoreError) else REFUSED
 
 
+def advice(error: LeasesError) -> str:
+    """What to do about a store that is not there, where the error does not say it."""
+    text = str(error)
+    if code_of(error) != STORE or "try again" in text or "look" in text:
+        return ""
+    if "sqlite:" in text:
+        return "; check that the file and its directory exist and may be written to, or give another --url"
+    return "; check --url, and that the server is up"
+
+
 def say(message: str) -> None:
     """Write one line to stderr: safe to show, without a password, and never the cause of another failure."""
     with suppress(OSError, ValueError):
@@ -118,7 +128,7 @@ class Group(click.Group):
             say("interrupted")
             return INTERRUPTED
         except LeasesError as error:
-            say(str(error))
+            say(f"{error}{advice(error)}")
             return code_of(error)
         except Exception as error:  # an operator gets a line, whatever went wrong
             if os.environ.get("LEASES_DEBUG"):

@@ -26,7 +26,7 @@ from leases import limits
 from leases.cli.command import REFUSED, STORE, Failed, say
 from leases.cli.text import parse_duration, shown
 from leases.dialects import now
-from leases.engine import describe
+from leases.engine import describe, parse
 from leases.errors import ConfigError
 from leases.store import LeaseStore
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # older clicks have it without the bracket
+
+CONNECT_TIMEOUT_S = 5
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,7 +70,10 @@ class Settings:
         url = self.database_given()
         if url is None:
             url = _default(create)
-        with LeaseStore(url, schema=self.schema, retry_for=RETRY_FOR) as store:
+        parsed = parse(url)
+        if parsed.get_backend_name() == "postgresql" and "connect_timeout" not in parsed.query:
+            parsed = parsed.update_query_dict({"connect_timeout": str(CONNECT_TIMEOUT_S)})
+        with LeaseStore(parsed, schema=self.schema, retry_for=RETRY_FOR) as store:
             yield store
 
 

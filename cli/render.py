@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leases.cli.text import ago, duration, shown
-from leases.model import DEFAULT_POOL, AuditEntry, Checkpoint, Grant, LeaseInfo, State
+from leases.model import DEFAULT_POOL, AuditEntry, Checkpoint, Grant, Lease, LeaseInfo, State
 
 STYLES = {
     State.HELD: "green",
@@ -66,10 +66,13 @@ def _plain(value: object) -> object:
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """One of the model's values as a JSON object; a lease's also has its `state` and the seconds that `remain`."""
+    """One of the model's values as a JSON object; a stream's also has its `state`, a lease's the time left on it."""
     fields = dataclasses.asdict(value)
     if isinstance(value, LeaseInfo):
-        fields |= {"state": value.state, "remaining_s": value.remaining}
+        fields["state"] = value.state
+    if isinstance(value, LeaseInfo | Lease):
+        fields.pop("remaining", None)
+        fields["remaining_s"] = value.remaining
     return fields
 
 

@@ -23,7 +23,7 @@ from datetime import timedelta
 import click
 
 from leases.cli.child import Signalled, Signals
-from leases.cli.command import USAGE, Command, Failed, code_of, say
+from leases.cli.command import USAGE, Command, Failed, advice, code_of, say
 from leases.cli.context import OWNER, PAUSE_OR_NONE, STREAM, TTL, URL_VARIABLE, Settings, common_options
 from leases.errors import LeaseHeld, LeasesError
 from leases.registry import SessionRegistry, StreamSession
@@ -34,9 +34,20 @@ POOL = "run"
 """The pool of streams that nobody but `leases run` knows, so that no worker claims them."""
 
 
+class _Run(Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if "--" in given:
+                raise
+            raise click.UsageError(f"{error.message.rstrip('.')}; write -- before the command", ctx) from None
+
+
 @click.command(
     "run",
-    cls=Command,
+    cls=_Run,
     example="""\
 leases run nightly-report -- ./report.sh --full
 leases run orders/7 --wait 1m --ttl 30s -- python worker.py
@@ -97,7 +108,7 @@ def run(
     except LeaseHeld as error:
         raise Failed(HELD, str(error)) from None
     except LeasesError as error:
-        raise Failed(USAGE if code_of(error) == USAGE else NO_STORE, str(error)) from None
+        raise Failed(USAGE if code_of(error) == USAGE else NO_STORE, f"{error}{advice(error)}") from None
 
 
 def _environment(session: StreamSession, settings: Settings) -> dict[str, str]:

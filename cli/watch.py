@@ -131,21 +131,20 @@ def history(settings: Settings, stream: str, at_text: str | None, limit: int) ->
     """Show who has owned a stream, the latest first; or who owned it at a time."""
     with settings.opened() as store:
         now = clock(store)
-        at = None
+        at = note = None
         if at_text is not None:
             read = parse_time(at_text, now)
             if read is None:
                 raise Failed(USAGE, f"{at_text!r} is no time; write 14:02 or 2026-03-01T14:02:00Z")
             at, note = read
-            if note:
-                say(note)
         look(store, stream)
         grants = store.grants(stream, at=at, limit=limit)
+    if at is not None and not grants:
+        raise Failed(REFUSED, f"nobody owned {stream!r} at {at:%Y-%m-%d %H:%M:%S} UTC")
+    if note:
+        say(note)
     if not grants:
-        when = "yet" if at is None else f"at {at:%Y-%m-%d %H:%M:%S} UTC"
-        if at is not None:
-            raise Failed(REFUSED, f"nobody owned {stream!r} {when}")
-        say(f"nobody has owned {stream!r} {when}")
+        say(f"nobody has owned {stream!r} yet")
     elif settings.json:
         for grant in grants:
             print_json(as_object(grant))
