@@ -68,7 +68,7 @@ def say(message: str) -> None:
         click.echo("leases: " + shown(scrub(" ".join(message.split()))), err=True)
 
 
-PROGRAM = {"prog_name": "leases"}
+ALWAYS = {"prog_name": "leases", "standalone_mode": False}
 
 
 class Command(click.Command):
@@ -110,7 +110,7 @@ class Group(click.Group):
     def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
         # (mypy: click's own may return, when it is not to exit; this one always exits)
         _prepare()
-        sys.exit(self._run(lambda: super(Group, self).main(args, **{**PROGRAM, **options, "standalone_mode": False})))
+        sys.exit(self._run(lambda: super(Group, self).main(args, **{**options, **ALWAYS})))
 
     def _run(self, call: Callable[[], Any]) -> int:
         try:
