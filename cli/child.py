@@ -64,6 +64,7 @@ class Child:
 
     def result(self) -> int:
         """Wait for the end; the exit code as a shell says it: 128 + n for a signal."""
+        self._ended.wait()  # else the watch would find nobody to wait for
         code = self._process.wait()
         self._lend_terminal(os.getpgrp())
         return 128 - code if code < 0 else code
@@ -122,6 +123,7 @@ class Signals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, no child's end could be waited for
         for number in FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._caught)

@@ -21,6 +21,16 @@ STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 )
 
+CATCHING = """
+import signal, sys, time
+def caught(*_):
+    print('caught', flush=True)
+    sys.exit(5)
+signal.signal(int(sys.argv[1]), caught)
+print('ready', flush=True)
+time.sleep(60)
+"""
+
 
 def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
@@ -168,8 +178,7 @@ def test_frozen_past_its_ttl_it_ends_the_command_when_it_thaws(sqlite_url: str, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on(number: signal.Signals, sqlite_url: str, start: Start) -> None:
-    script = f"trap 'echo caught; exit 5' {number.name[3:]}; echo ready; sleep 60 & wait"
-    process = start(sqlite_url, "run", "s", "--quiet", "--", "sh", "-c", script)
+    process = start(sqlite_url, "run", "s", "--quiet", "--", sys.executable, "-c", CATCHING, str(int(number)))
     assert line_of(process) == "ready"
     process.send_signal(number)
     outcome = ended(process)
