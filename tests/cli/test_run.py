@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, text
 
 from leases import LeaseStore
 from tests.cli.conftest import PASSWORD, Leases, Start, ended, held, until
@@ -211,6 +212,34 @@ def test_a_pause_lets_the_command_finish(sqlite_url: str, start: Start) -> None:
     process.stdin.close()
     process.stdin = None
     assert ended(process).code == 1
+
+
+def drop(maintenance: Engine, url: str) -> None:
+    with maintenance.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)"))
+
+
+def test_when_the_store_is_gone_the_command_ends_with_the_lease(
+    postgresql_url: str, maintenance: Engine, start: Start
+) -> None:
+    process = start(postgresql_url, "run", "s", "--ttl", "1s", "--", "sh", "-c", "echo ready; exec sleep 60")
+    assert line_of(process) == "ready"
+    drop(maintenance, postgresql_url)
+    outcome = ended(process)
+    assert outcome.code == 121
+    assert "(expired)" in outcome.err
+
+
+def test_a_lease_that_cannot_be_let_go_does_not_change_the_exit_code(
+    postgresql_url: str, maintenance: Engine, start: Start
+) -> None:
+    script = "echo ready; read line; exit 7"
+    process = start(postgresql_url, "run", "s", "--ttl", "1h", "--", "sh", "-c", script, stdin=subprocess.PIPE)
+    assert line_of(process) == "ready"
+    drop(maintenance, postgresql_url)
+    outcome = ended(process)
+    assert outcome.code == 7
+    assert "expires by itself" in outcome.err
 
 
 def test_options_of_the_command_are_the_commands(sqlite_url: str, start: Start) -> None:
