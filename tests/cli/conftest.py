@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def leases(bare: Leases, url: str, monkeypatch: pytest.MonkeyPatch) -> Leases:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start a command in a process of its own; those that still run at the end are killed."""
+    """Start a command in a process of its own; those that still run at the end are ended."""
     started: list[subprocess.Popen[str]] = []
 
     def run(url: str, *arguments: str, environment: Mapping[str, str] | None = None, **options: Any) -> Any:
@@ -93,8 +94,16 @@ def start() -> Iterator[Start]:
     yield run
     for process in started:
         if process.poll() is None:
-            process.kill()
-        process.communicate()
+            process.send_signal(signal.SIGCONT)
+            process.terminate()  # first: `leases run` passes it on, and leaves no orphan
+            try:
+                process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def ended(process: subprocess.Popen[str], timeout_s: float = 20) -> Outcome:

@@ -164,13 +164,14 @@ def test_a_lease_stolen_shortly_before_the_end_is_121(sqlite_url: str, start: St
         assert store.list()[0].owner == "w2"
 
 
-def test_frozen_past_its_ttl_it_ends_the_command_when_it_thaws(sqlite_url: str, start: Start) -> None:
-    process = start(sqlite_url, "run", "s", "--ttl", "500ms", "--", "sh", "-c", "echo $$; exec sleep 60")
+def test_frozen_past_its_ttl_it_ends_the_command_when_it_thaws(url: str, store: LeaseStore, start: Start) -> None:
+    process = start(url, "run", "s", "--ttl", "1500ms", "--", "sh", "-c", "echo $$; exec sleep 60")
     child = int(line_of(process))
+    first = store.list()[0].expires_at
+    until(lambda: store.list()[0].expires_at != first)  # it has just beaten: it is frozen outside of a transaction
     process.send_signal(signal.SIGSTOP)
-    with LeaseStore(sqlite_url) as store:
-        until(lambda: not held(store, "s")())
-        assert store.acquire("s", owner="w2", ttl=TTL)
+    until(lambda: not held(store, "s")())
+    assert store.acquire("s", owner="w2", ttl=TTL)
     assert not gone(child)
     process.send_signal(signal.SIGCONT)
     assert ended(process).code == 121
