@@ -10,6 +10,7 @@ import click
 from leases.cli import act, upkeep, watch
 from leases.cli.command import Group
 from leases.cli.context import common_options
+from leases.cli.demo.command import demo
 from leases.cli.run import run
 
 
@@ -41,5 +42,6 @@ for command in (
     upkeep.prune,
     upkeep.raise_tokens,
     run,
+    demo,
 ):
     main.add_command(command)

@@ -173,7 +173,6 @@ def test_the_library_of_a_wheel_migrates_away_from_the_checkout(
     assert Path(said[0]).is_relative_to(environment.scripts.parent)
 
 
-@pytest.mark.xfail(strict=True, reason="PENDING: remove this mark when the command is there")
 def test_the_command_of_a_wheel_migrates_and_lists_away_from_the_checkout(
     wheel: Path, environment: Environment, elsewhere: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """`python -m leases.cli.demo`: the same as `leases demo`."""
 
-from leases.cli.demo.command import demo
+import sys
 
-demo(prog_name="leases demo")
+from leases.cli import main
+
+main(["demo", *sys.argv[1:]])

@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import click
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from leases import ConfigError, LeasesError, LeaseStore, SchemaOutdated, StoreError, limits
+from leases import ConfigError, LeaseStore, limits
+from leases.cli.command import REFUSED, USAGE, Command, Failed, say
+from leases.cli.context import Settings, common_options
 from leases.cli.demo import ground, supervisor, view
 from leases.cli.demo.board import Board, plural
 from leases.cli.demo.proof import Proof, prove
 from leases.cli.demo.source import BadFile, Feed, Source
+from leases.cli.text import shown
 from leases.engine import describe
 
 MOST_WORKERS: Final = 64
 SHORTEST_TTL_S: Final = 0.5
-
-FAILED, USAGE, STORE, SCHEMA = 1, 2, 3, 4
-"""Exit codes, beside 0."""
 
 
 class Interrupted(BaseException):
@@ -41,11 +40,12 @@ class Interrupted(BaseException):
 
 @click.command(
     "demo",
-    epilog="""\b
-Examples:
-  leases demo
-  leases demo --url postgresql://me@localhost/mine --json
-  leases demo orders.csv --stream-by customer --id-by order_id --workers 8""",
+    cls=Command,
+    example="""
+leases demo
+leases demo --url postgresql://me@localhost/mine --json
+leases demo orders.csv --stream-by customer --id-by order_id --workers 8
+""",
 )
 @click.argument("file", type=click.Path(path_type=Path), required=False, metavar="[FILE.csv]")
 @click.option(
@@ -64,22 +64,21 @@ Examples:
 )
 @click.option("--workers", type=click.IntRange(1, MOST_WORKERS), default=4, show_default=True, help="Worker processes.")
 @click.option("--ttl", type=float, default=3.0, show_default=True, metavar="S", help="Seconds that a lease lasts.")
-@click.option("--url", metavar="URL", help="The database to run on; without it, a temporary SQLite file.")
 @click.option("--kill", type=click.IntRange(0), default=1, show_default=True, help="Workers to kill (SIGKILL).")
 @click.option(
     "--freeze", type=click.IntRange(0), default=1, show_default=True, help="Workers to freeze past their TTL (SIGSTOP)."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the view goes to stderr.")
+@common_options
+@click.pass_obj
 def demo(
+    settings: Settings,
     file: Path | None,
     stream_by: str,
     id_by: str,
     workers: int,
     ttl: float,
-    url: str | None,
     kill: int,
     freeze: int,
-    as_json: bool,
 ) -> None:
     """Let worker processes share the streams of a file; kill and freeze some; prove that the log is whole.
 
@@ -88,32 +87,33 @@ def demo(
     some frozen, between their own last look at the lease and their write, where only the fence in the database can
     stop them. At the end the log is compared with the file and with the record of who was granted what. Exit code 1
     if an event is missing, is there twice, or was written under a stale token.
+
+    Runs on a temporary SQLite file, or on the database of --url; never on that of the environment. With --json the
+    view goes to stderr, and stdout ends with one object.
     """
+    if not math.isfinite(ttl) or ttl < SHORTEST_TTL_S:
+        raise ConfigError(f"--ttl must be {SHORTEST_TTL_S:g} seconds or more, up to 24 h, not {ttl:g}")
+    plan = supervisor.Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze)
+    if kill + freeze >= workers:
+        raise ConfigError(
+            f"--kill {kill} and --freeze {freeze} leave none of {plural(workers, 'worker')} at work; "
+            f"use --workers {kill + freeze + 1} or more, or strike fewer"
+        )
+    if settings.schema is not None:
+        raise ConfigError("the demo uses the database's default schema; leave --schema away")
+    url = settings.database_given() if settings.url else None
     try:
-        if not math.isfinite(ttl) or ttl < SHORTEST_TTL_S:
-            raise ConfigError(f"--ttl must be {SHORTEST_TTL_S:g} seconds or more, up to 24 h, not {ttl:g}")
-        plan = supervisor.Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze)
-        if kill + freeze >= workers:
-            raise ConfigError(
-                f"--kill {kill} and --freeze {freeze} leave none of {plural(workers, 'worker')} at work; "
-                f"use --workers {kill + freeze + 1} or more, or strike fewer"
-            )
         source = Source(file, _columns("--stream-by", stream_by), _columns("--id-by", id_by))
         with _signals(), tempfile.TemporaryDirectory(prefix="leases-demo-") as directory:
-            code = _run(source, plan, url, Path(directory), as_json)
-    except (ConfigError, BadFile) as error:
-        _fail(USAGE, str(error))
+            code = _run(source, plan, url, Path(directory), settings.json)
+    except BadFile as error:
+        raise Failed(USAGE, str(error)) from None
     except (ground.Refused, supervisor.RunFailed) as error:
-        _fail(FAILED, str(error))
-    except SchemaOutdated as error:
-        _fail(SCHEMA, str(error))
-    except StoreError as error:
-        _fail(STORE, str(error))
-    except LeasesError as error:
-        _fail(FAILED, str(error))
+        raise Failed(REFUSED, str(error)) from None
     except Interrupted as error:
-        _fail(128 + error.number, "interrupted; the workers have been ended")
-    sys.exit(code)
+        raise Failed(128 + error.number, "interrupted; the workers have been ended") from None
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def _columns(option: str, value: str) -> Sequence[str]:
@@ -121,20 +121,6 @@ def _columns(option: str, value: str) -> Sequence[str]:
     if not all(names):
         raise ConfigError(f"{option} {value!r} leaves a column without a name; write them with commas between")
     return names
-
-
-def _printable(text: str) -> str:
-    """Text from a file or its name, on one line, without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
-
-def _fail(code: int, message: str) -> NoReturn:
-    _say(message)
-    sys.exit(code)
-
-
-def _say(message: str) -> None:
-    click.echo(f"leases: {_printable(message)}", err=True)
 
 
 @contextmanager
@@ -171,7 +157,7 @@ def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path
         ground.make_tables(store)
         taken = store.run(lambda connection: ground.take(connection, lengths.keys()))
         if taken.cleared:
-            _say(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}")
+            say(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}")
         _print(console, f"{source.name}: {plural(events, 'event')} in {plural(len(lengths), 'stream')}")
         _print(console, f"{plural(plan.workers, 'worker')} on {where}, {plan.kill} to kill, {plan.freeze} to freeze")
         board = Board(supervisor.owners(plan.workers), events=events, streams=len(lengths))
@@ -193,14 +179,14 @@ def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path
     if good:
         console.print("Every event is in the log exactly once, and no stale write got in.", style="green")
     for complaint in _complaints(proof, crew, plan):
-        _say(complaint)
+        say(complaint)
     if as_json:
         click.echo(json.dumps(figures))
-    return 0 if good else FAILED
+    return 0 if good else REFUSED
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(shown(" ".join(text.split())), markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) -> dict[str, int | float]:
