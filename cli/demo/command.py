@@ -41,6 +41,7 @@ class Interrupted(BaseException):
 @click.command(
     "demo",
     cls=Command,
+    short_help="Kill and freeze workers; prove the event log whole.",
     example="""
 leases demo
 leases demo --url postgresql://me@localhost/mine --json
