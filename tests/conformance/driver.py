@@ -1,0 +1,96 @@
+"""Both colours of the stores behind one face: the async ones are run on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import text
+
+from leases import AsyncEventLog, AsyncLeaseStore, EventLog, Lease, LeaseStore
+
+R = TypeVar("R")
+
+TTL = timedelta(seconds=15)
+
+PATIENCE_S = 30.0
+
+
+class Loop:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="event loop")
+        self.thread.start()
+
+    def wait(self, awaitable: Any) -> Any:
+        async def result() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(result(), self.loop).result(PATIENCE_S)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+class Blocking:
+    """An async object whose methods are called as plain ones."""
+
+    def __init__(self, asynchronous: Any, loop: Loop) -> None:
+        self.asynchronous = asynchronous
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.asynchronous, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            return self._loop.wait(result) if inspect.isawaitable(result) else result
+
+        return call
+
+
+@contextmanager
+def opened(database: Any, loop: Loop | None, **options: Any) -> Iterator[LeaseStore]:
+    """A store on a URL or an Engine; with a loop, an async one that is driven like a sync one."""
+    if loop is None:
+        with LeaseStore(database, **options) as store:
+            yield store
+        return
+    driven = Blocking(AsyncLeaseStore(database, **options), loop)
+    yield cast(LeaseStore, driven)
+    driven.close()
+
+
+def log_of(store: LeaseStore) -> EventLog:
+    """The event log of a store of either colour."""
+    if isinstance(store, Blocking):
+        return cast(EventLog, Blocking(AsyncEventLog(store.asynchronous), store._loop))
+    return EventLog(store)
+
+
+def take(store: LeaseStore, stream_id: str = "a", owner: str = "one", ttl: timedelta = TTL, **options: Any) -> Lease:
+    """Acquire a lease that must be free."""
+    lease = store.acquire(stream_id, owner=owner, ttl=ttl, **options)
+    assert lease is not None
+    return lease
+
+
+def execute(store: LeaseStore, statement: str, **values: Any) -> int:
+    """Run SQL past the library, as psql would; return how many rows it changed."""
+    return store.run(lambda connection: connection.execute(text(statement), values).rowcount)
+
+
+def rows(store: LeaseStore, statement: str, **values: Any) -> list[tuple[Any, ...]]:
+    """Read with SQL past the library."""
+    return store.run(lambda connection: [tuple(row) for row in connection.execute(text(statement), values)])
