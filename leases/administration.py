@@ -52,12 +52,17 @@ def terminate(connection: Connection, pids: Iterable[int]) -> int:
 
 
 def end_now(
-    connection: Connection, stream_id: str, *, fencing_token: int | None = None, must_be_held: bool = True
+    connection: Connection,
+    stream_id: str,
+    *,
+    fencing_token: int | None = None,
+    must_be_held: bool = True,
+    must_be_open: bool = False,
 ) -> Observed:
     """First step: let no new fence pass. The lease's expiry becomes now; one that has expired already is left.
 
     `LeaseNotHeld` if the stream is unknown, if nobody holds it (unless that is allowed), or if the current grant is not
-    the one of `fencing_token`.
+    the one of `fencing_token`; `LeaseHeld` if it must be open, and is paused or retired. Then nothing is changed.
     """
     info = require(connection, stream_id, locked=True)
     if info.owner is None and must_be_held:
@@ -67,6 +72,8 @@ def end_now(
             f"{stream_id!r} is at token {info.fencing_token} by now, not {fencing_token}; look again",
             stream_id=stream_id,
         )
+    if must_be_open:
+        _require_open(info)
     if info.live:
         connection.execute(update(leases).where(leases.c.stream_id == stream_id).values(expires_at=now()))
     return Observed(stream_id, info.owner, info.fencing_token, info.live)
@@ -104,13 +111,7 @@ def hand_over(
     info = require(connection, observed.stream_id, locked=True, for_grant=True)
     if info.claim_id == claim_id and info.owner == to:
         return as_lease(connection.execute(select(*GRANTED).where(leases.c.stream_id == info.stream_id)).one())
-    if info.paused_at is not None or info.retired_at is not None:
-        undo = "leases resume" if info.retired_at is None else "leases register"
-        raise LeaseHeld(
-            f"{info.stream_id!r} is {info.state}; run `{undo}` first",
-            stream_id=info.stream_id,
-            owner=info.owner,
-        )
+    _require_open(info)
     swapped = _swap(
         connection,
         info,
@@ -129,6 +130,16 @@ def hand_over(
         )
     record(connection, "steal", actor, info.stream_id, info.fencing_token, granted.fencing_token, reason)
     return granted
+
+
+def _require_open(info: LeaseInfo) -> None:
+    if info.paused_at is not None or info.retired_at is not None:
+        undo = "leases resume" if info.retired_at is None else "leases register"
+        raise LeaseHeld(
+            f"{info.stream_id!r} is {info.state}; run `{undo}` first",
+            stream_id=info.stream_id,
+            owner=info.owner,
+        )
 
 
 def _swap(connection: Connection, info: LeaseInfo, **values: Any) -> Row[Any]:

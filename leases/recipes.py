@@ -136,7 +136,7 @@ def expire(
     lease has ended and no new write passes, but theirs still may. `force` ends those sessions (PostgreSQL).
     `fencing_token` names the grant that is meant: `LeaseNotHeld` if it is not the current one, or nobody holds it.
     """
-    observed = yield from _end_now(clock, stream_id, actor, fencing_token, timeout, must_be_held=True)
+    observed = yield from _end_now(clock, stream_id, actor, reason, fencing_token, timeout, for_steal=False)
     call = partial(administration.revoke, actor=actor, reason=reason)
     token: int = yield _fenced(observed, call, timeout, force)
     return token
@@ -160,7 +160,7 @@ def steal(
     """
     limits.owner(to)
     limits.ttl(ttl)
-    observed = yield from _end_now(clock, stream_id, actor, fencing_token, timeout, must_be_held=False)
+    observed = yield from _end_now(clock, stream_id, actor, reason, fencing_token, timeout, for_steal=True)
     call = partial(administration.hand_over, to=to, ttl=ttl, claim_id=uuid4(), actor=actor, reason=reason)
     lease: Lease = yield _fenced(observed, call, timeout, force)
     return lease
@@ -170,15 +170,24 @@ def _end_now(
     clock: Clock,
     stream_id: str,
     actor: str,
+    reason: str | None,
     fencing_token: int | None,
     timeout: timedelta,
     *,
-    must_be_held: bool,
+    for_steal: bool,
 ) -> Generator[Step, Any, Observed]:
     limits.text("actor", actor)
+    if reason is not None:
+        limits.text("reason", reason)
     if not isinstance(timeout, timedelta) or timeout <= NO_WAIT:
         raise ConfigError(f"timeout must be a timedelta greater than 0, not {timeout!r}")
-    call = partial(administration.end_now, stream_id=stream_id, fencing_token=fencing_token, must_be_held=must_be_held)
+    call = partial(
+        administration.end_now,
+        stream_id=stream_id,
+        fencing_token=fencing_token,
+        must_be_held=not for_steal,
+        must_be_open=for_steal,
+    )
     observed: Observed = yield Wait(
         lambda connection, _: call(connection), stream_id, timeout.total_seconds(), "nothing was changed"
     )

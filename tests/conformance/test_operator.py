@@ -174,6 +174,19 @@ def test_a_wrong_timeout_is_refused(store: LeaseStore, clock: Clock) -> None:
             store.expire("a", actor="op", timeout=timeout)  # type: ignore[arg-type]  # that is what is tried
 
 
+@pytest.mark.parametrize("action", ["expire", "steal"])
+def test_a_reason_that_cannot_be_stored_is_refused_before_anything_is_changed(
+    store: LeaseStore, clock: Clock, action: str
+) -> None:
+    lease = take(store)
+    with pytest.raises(ConfigError):
+        if action == "expire":
+            store.expire("a", actor="op", reason="a\0b")
+        else:
+            store.steal("a", to="two", ttl=TTL, actor="op", reason="a\0b")
+    assert store.renew([lease], owner="one", ttl=TTL).lost == {}
+
+
 # --- pause, resume ---------------------------------------------------------------------------------------------
 
 
