@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql
 
 from leases import dialects, limits
@@ -258,7 +258,8 @@ def prune(connection: Connection, *, before: datetime, limit: int = PRUNE_BATCH)
     """Delete what ended before an instant, up to `limit` rows a table: call again until it deletes nothing.
 
     Grants that ended, events, audit lines, dead workers, and the checkpoints of streams that were retired
-    before it. Never a row of `leases`: it carries the token. An event that is gone can be appended again.
+    before it. Never a row of `leases`: it carries the token; nor a stream's last event: the next `seq` goes on from it.
+    An event that is gone can be appended again.
     """
     limits.count("limit", limit)
 
@@ -282,9 +283,13 @@ def prunable(connection: Connection, *, before: datetime) -> Pruned:
 def _ended(before: datetime) -> dict[str, tuple[Any, Any]]:
     """What a prune deletes: tables and their conditions, by the names of `Pruned`."""
     retired = select(leases.c.stream_id).where(leases.c.retired_at < before)
+    later_event = lease_events.alias("later")
+    not_last = exists().where(
+        later_event.c.stream_id == lease_events.c.stream_id, later_event.c.seq > lease_events.c.seq
+    )
     return {
         "grants": (lease_grants, lease_grants.c.ended_at < before),
-        "events": (lease_events, lease_events.c.recorded_at < before),
+        "events": (lease_events, and_(lease_events.c.recorded_at < before, not_last)),
         "audit": (lease_audit, lease_audit.c.at < before),
         "checkpoints": (lease_checkpoints, lease_checkpoints.c.stream_id.in_(retired)),
         "workers": (lease_workers, lease_workers.c.expires_at < before),
