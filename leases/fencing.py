@@ -73,7 +73,7 @@ def fence(connection: Connection, lease: Lease) -> None:
     Call it in the transaction that does the fenced work, before the work. A second call is harmless.
 
     Raises `StaleToken` (with both tokens) after rolling the whole transaction back, so that nothing of it can be kept
-    by mistake; `ConfigError` outside a transaction, in autocommit mode or within a savepoint. Under REPEATABLE READ
+    by mistake: whoever swallows the error can write nothing more before a rollback of their own; `ConfigError` outside a transaction, in autocommit mode or within a savepoint. Under REPEATABLE READ
     and SERIALIZABLE a grant that was committed since the transaction's first statement shows as the
     database's serialization failure (SQLSTATE 40001), as any other conflict does.
     """
@@ -99,7 +99,11 @@ def refused(connection: Connection, lease: Lease, owners: Table = leases) -> Sta
     ).one_or_none()
     transaction = connection.get_transaction()
     if transaction is not None:
-        transaction.rollback()
+        # Rolled back, but left in its place, as SQLAlchemy leaves one whose COMMIT failed: until its user rolls it back
+        # too, nothing can be written, also not in a transaction that would begin by itself. A plain rollback()
+        # would let that happen, and the ORM's Session would warn that it cannot roll back once more.
+        transaction._connection_rollback_impl()
+        transaction._deactivate_from_connection()
     token, owner = current if current is not None else (None, None)
     return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
 
