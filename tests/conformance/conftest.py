@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from leases import EventLog, LeaseStore
 from leases.schema import metadata
 from tests.clock import START, Clock, standing
-from tests.conformance.driver import Loop, log_of, opened
+from tests.conformance.driver import Caller, Loop, execute, log_of, opened
 from tests.conftest import _create_database as create_database
 from tests.conftest import _drop_database as drop_database
 
@@ -74,3 +74,18 @@ def store(url: str, clock: Clock, loop: Loop | None) -> Iterator[LeaseStore]:
 @pytest.fixture
 def log(store: LeaseStore) -> EventLog:
     return log_of(store)
+
+
+@pytest.fixture(params=["engine", "session"])
+def caller(request: pytest.FixtureRequest, url: str, clock: Clock, loop: Loop | None) -> Iterator[Caller]:
+    """The user's own program, by its engine and by its ORM sessions."""
+    caller = Caller(url, loop, session=request.param == "session")
+    yield caller
+    caller.close()
+
+
+@pytest.fixture
+def work(store: LeaseStore) -> None:
+    """A table of the user's own, `work(note)`, empty."""
+    execute(store, "CREATE TABLE IF NOT EXISTS work (note text)")
+    execute(store, "DELETE FROM work")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import text
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from leases import AsyncEventLog, AsyncLeaseStore, EventLog, Lease, LeaseStore
 
@@ -94,3 +96,43 @@ def execute(store: LeaseStore, statement: str, **values: Any) -> int:
 def rows(store: LeaseStore, statement: str, **values: Any) -> list[tuple[Any, ...]]:
     """Read with SQL past the library."""
     return store.run(lambda connection: [tuple(row) for row in connection.execute(text(statement), values)])
+
+
+class Caller:
+    """A program of the user's own, with its own engine as SQLAlchemy makes it, and its own transactions.
+
+    `session` says whether it uses the ORM's sessions; with a loop it is async.
+    """
+
+    def __init__(self, url: str, loop: Loop | None, *, session: bool) -> None:
+        self.session = session
+        self.loop = loop
+        if loop is None:
+            self.sync = create_engine(url)
+        else:
+            self.asynchronous = create_async_engine(url.replace("sqlite:", "sqlite+aiosqlite:"))
+            self.sync = self.asynchronous.sync_engine
+
+    def run(self, body: Callable[[Connection], R]) -> R:
+        """Run a function in a transaction of the caller's own, which commits unless it raises."""
+        if self.loop is not None:
+            result: R = self.loop.wait(self._run_async(body))
+            return result
+        if self.session:
+            with Session(self.sync) as session, session.begin():
+                return body(session.connection())
+        with self.sync.begin() as connection:
+            return body(connection)
+
+    async def _run_async(self, body: Callable[[Connection], R]) -> R:
+        if self.session:
+            async with AsyncSession(self.asynchronous) as session, session.begin():
+                return await session.run_sync(lambda sync: body(sync.connection()))
+        async with self.asynchronous.begin() as connection:
+            return await connection.run_sync(body)
+
+    def close(self) -> None:
+        if self.loop is None:
+            self.sync.dispose()
+        else:
+            self.loop.wait(self.asynchronous.dispose())
