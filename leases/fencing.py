@@ -73,9 +73,10 @@ def fence(connection: Connection, lease: Lease) -> None:
     Call it in the transaction that does the fenced work, before the work. A second call is harmless.
 
     Raises `StaleToken` (with both tokens) after rolling the whole transaction back, so that nothing of it can be kept
-    by mistake: whoever swallows the error can write nothing more before a rollback of their own; `ConfigError` outside a transaction, in autocommit mode or within a savepoint. Under REPEATABLE READ
-    and SERIALIZABLE a grant that was committed since the transaction's first statement shows as the
-    database's serialization failure (SQLSTATE 40001), as any other conflict does.
+    by mistake: whoever swallows the error can write nothing more before a rollback of their own. `ConfigError` outside
+    a transaction, in autocommit mode or within a savepoint. Under REPEATABLE READ and SERIALIZABLE a grant that was
+    committed since the transaction's first statement shows as the database's serialization failure (SQLSTATE 40001), as
+    any other conflict does.
     """
     if connection.in_nested_transaction():
         raise ConfigError("fence inside a savepoint does not hold: call it in the outermost transaction")

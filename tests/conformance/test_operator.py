@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -99,11 +100,9 @@ def test_nothing_to_expire_is_an_error(store: LeaseStore, clock: Clock) -> None:
 def test_a_grant_that_was_named_must_be_the_current_one(store: LeaseStore, clock: Clock, action: str) -> None:
     store.release(take(store))
     lease = take(store, owner="two")
+    more: dict[str, Any] = {} if action == "expire" else {"to": "three", "ttl": TTL}
     with pytest.raises(LeaseNotHeld):
-        if action == "expire":
-            store.expire("a", actor="op", fencing_token=1)
-        else:
-            store.steal("a", to="three", ttl=TTL, actor="op", fencing_token=1)
+        getattr(store, action)("a", actor="op", fencing_token=1, **more)
     assert store.renew([lease], owner="two", ttl=TTL).lost == {}
     store.expire("a", actor="op", fencing_token=2)
 
@@ -179,11 +178,9 @@ def test_a_reason_that_cannot_be_stored_is_refused_before_anything_is_changed(
     store: LeaseStore, clock: Clock, action: str
 ) -> None:
     lease = take(store)
+    more: dict[str, Any] = {} if action == "expire" else {"to": "two", "ttl": TTL}
     with pytest.raises(ConfigError):
-        if action == "expire":
-            store.expire("a", actor="op", reason="a\0b")
-        else:
-            store.steal("a", to="two", ttl=TTL, actor="op", reason="a\0b")
+        getattr(store, action)("a", actor="op", reason="a\0b", **more)
     assert store.renew([lease], owner="one", ttl=TTL).lost == {}
 
 
