@@ -129,11 +129,17 @@ def _fence_sqlite(connection: Connection, grant: dict[str, Any]) -> bool:
 def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
     """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
     of_caller = seconds_of(cast(func.current_setting(timeout), Interval))
-    longer = or_(of_caller == 0, of_caller > left)
     milliseconds = cast(func.greatest(1, func.floor(left * 1000)), Integer)
-    return case(
-        (and_(left > 0, longer), func.set_config(timeout, func.concat(milliseconds, "ms"), true())),
-    )
+    limit = func.concat(milliseconds, "ms")
+    still = of_caller
+    if timeout == TRANSACTION_TIMEOUT:
+        # It counts from the transaction's begin; and a timer that runs is not set anew by another value, only by 0.
+        still = of_caller - seconds(wall(), func.transaction_timestamp())
+        limit = func.concat(func.left(func.set_config(timeout, "0", true()), 0), limit)
+    return case((and_(left > 0, or_(of_caller == 0, still > left)), func.set_config(timeout, limit, true())))
+
+
+TRANSACTION_TIMEOUT = "transaction_timeout"
 
 
 @cache
@@ -163,7 +169,7 @@ def _check(postgresql_version: int) -> Select[Any]:
         .where(same.c.stream_id == checked.c.stream_id)
         .scalar_subquery()
     )
-    timeouts = ["idle_in_transaction_session_timeout"] + ["transaction_timeout"] * (postgresql_version >= 17)
+    timeouts = ["idle_in_transaction_session_timeout"] + [TRANSACTION_TIMEOUT] * (postgresql_version >= 17)
     return select(
         checked.c.left_s,
         func.coalesce(locker, literal(False)).label("outermost"),
