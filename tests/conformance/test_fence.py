@@ -10,16 +10,7 @@ import pytest
 from sqlalchemy import Connection, MetaData, text
 from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 
-from leases import (
-    ConfigError,
-    Lease,
-    LeaseStore,
-    StaleToken,
-    StoreError,
-    advance_watermark,
-    fence,
-    watermark_table,
-)
+from leases import ConfigError, Lease, LeaseStore, StaleToken, StoreError, advance_watermark, fence, watermark_table
 from tests.clock import Clock
 from tests.conformance.driver import TTL, Caller, rows, take
 

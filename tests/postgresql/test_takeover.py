@@ -1,0 +1,209 @@
+"""A takeover and a fenced write in flight: claimers pass by, operators wait, nothing stale commits."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from leases import Lease, LeaseHeld, LeaseStore, StaleToken, fence, operations
+from leases.administration import end_now
+from tests.conformance.driver import TTL, take
+from tests.postgresql.race import Background, Observer, locking, until, writing
+
+WRITE = text("INSERT INTO work VALUES (:token, 'written')")
+
+LONG = timedelta(seconds=60)
+
+MORE: dict[str, dict[str, Any]] = {"expire": {}, "steal": {"to": "two", "ttl": LONG}}
+"""What an operator's action takes beside the stream."""
+
+
+def acquire(store: LeaseStore) -> Background[Lease | None]:
+    return Background(store.acquire, "a", owner="two", ttl=TTL)
+
+
+def test_an_acquire_is_declined_at_once_while_a_fenced_write_is_in_flight(
+    store: LeaseStore, engine: Engine, observer: Observer
+) -> None:
+    lease = take(store)
+    with writing(engine, lease) as connection:
+        store.run(lambda own: end_now(own, "a"))  # expired, and the write goes on
+        assert acquire(store).result() is None
+        connection.execute(WRITE, {"token": 1})
+        connection.commit()
+    found = acquire(store).result()
+    assert found is not None
+    assert found.fencing_token == 2
+
+
+def test_a_claim_passes_by_a_fenced_write_in_flight(store: LeaseStore, engine: Engine, observer: Observer) -> None:
+    lease = take(store)
+    take(store, "b")
+    with writing(engine, lease):
+        store.run(lambda own: [end_now(own, name) for name in ("a", "b")])
+        claimed = Background(store.claim, owner="two", ttl=TTL, limit=5).result()
+    assert [lease.stream_id for lease in claimed] == ["b"]
+
+
+def test_an_acquire_is_declined_at_once_while_anybody_has_the_row(store: LeaseStore, engine: Engine) -> None:
+    store.register(["a"])
+    with locking(engine):
+        assert acquire(store).result() is None
+    assert acquire(store).result() is not None
+
+
+def test_a_declined_acquire_leaves_no_lock_on_the_owners_row(store: LeaseStore, engine: Engine) -> None:
+    lease = take(store)
+    with engine.begin() as connection:
+        assert operations.acquire(connection, "a", owner="two", ttl=TTL) is None
+        assert store.renew([lease], owner="one", ttl=TTL).skipped == frozenset()
+
+
+@pytest.mark.parametrize("action", ["expire", "steal"])
+def test_an_operator_waits_for_the_fenced_write_and_then_succeeds(
+    store: LeaseStore, engine: Engine, observer: Observer, action: str
+) -> None:
+    lease = take(store)
+    with writing(engine, lease) as connection:
+        connection.execute(WRITE, {"token": 1})
+        operator: Background[Any] = Background(getattr(store, action), "a", actor="op", **MORE[action])
+        observer.wait_for(1)
+        info = store.get("a")
+        assert info is not None
+        assert (info.live, info.fencing_token) == (False, 1), "the first step is done, the second waits"
+        with pytest.raises(StaleToken):
+            store.write_checkpoint(lease, 1)
+        assert not operator.done()
+        connection.commit()
+    answer = operator.result()
+    assert observer.scalar("SELECT count(*) FROM work") == 1
+    assert observer.scalar("SELECT fencing_token FROM leases") == 2
+    if isinstance(answer, Lease):
+        assert answer.remaining == LONG, "its ttl counts from after the wait"
+
+
+@pytest.mark.parametrize("action", ["expire", "steal"])
+def test_an_operator_that_waits_too_long_is_told_who_blocks(
+    store: LeaseStore, engine: Engine, observer: Observer, action: str
+) -> None:
+    lease = take(store)
+    with writing(engine, lease) as connection:
+        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar()
+        with pytest.raises(LeaseHeld) as held:
+            getattr(store, action)("a", actor="op", timeout=timedelta(milliseconds=300), **MORE[action])
+        connection.execute(WRITE, {"token": 1})
+        connection.commit()
+    (blocker,) = held.value.blockers
+    assert (blocker.pid, blocker.application, blocker.state) == (pid, "billing", "idle in transaction")
+    for said in ("expired, not yet fenced", f"pid {pid}", "billing"):
+        assert said in str(held.value)
+    assert store.expire("a", actor="op") == 2, "what was begun can be finished"
+
+
+def test_four_writers_that_overlap_do_not_hold_an_operator_up_for_longer(
+    store: LeaseStore, engine: Engine, observer: Observer
+) -> None:
+    lease = take(store)
+    with writing(engine, lease), writing(engine, lease), writing(engine, lease), writing(engine, lease):
+        with pytest.raises(LeaseHeld) as held:
+            Background(store.expire, "a", actor="op", timeout=timedelta(milliseconds=300)).result(3)
+    assert len(held.value.blockers) >= 1
+
+
+@pytest.mark.parametrize("action", ["expire", "steal"])
+def test_force_ends_the_session_that_blocks(store: LeaseStore, engine: Engine, observer: Observer, action: str) -> None:
+    lease = take(store)
+    with writing(engine, lease) as connection:
+        connection.execute(WRITE, {"token": 1})
+        getattr(store, action)("a", actor="op", timeout=timedelta(seconds=5), force=True, **MORE[action])
+        with pytest.raises(DBAPIError):
+            connection.commit()
+    assert observer.scalar("SELECT fencing_token FROM leases") == 2
+    assert observer.scalar("SELECT count(*) FROM work") == 0
+
+
+def test_once_expire_is_back_nothing_stale_commits(store: LeaseStore, engine: Engine, observer: Observer) -> None:
+    for _ in range(6):
+        lease = take(store)
+        go = threading.Barrier(4)
+
+        def write(lease: Lease = lease, go: threading.Barrier = go) -> int:
+            with engine.connect() as connection:
+                for count in range(10_000):
+                    try:
+                        with connection.begin():
+                            fence(connection, lease)
+                            connection.execute(WRITE, {"token": lease.fencing_token})
+                    except StaleToken:
+                        return count
+                    if count == 1:
+                        go.wait(10)
+            raise AssertionError("nobody stopped the writer")
+
+        writers = [Background(write) for _ in range(3)]
+        go.wait(10)
+        store.expire("a", actor="op")
+        count = observer.scalar("SELECT count(*) FROM work WHERE token = :token", token=lease.fencing_token)
+        assert sum(writer.result() for writer in writers) == count, "none was committed after"
+
+
+def test_eight_that_claim_at_once_never_get_the_same_stream(store: LeaseStore, observer: Observer) -> None:
+    store.register(f"s{number:03}" for number in range(160))
+    start = threading.Barrier(8)
+
+    def claim(name: str) -> list[Lease]:
+        start.wait(10)
+        mine: list[Lease] = []
+        while granted := store.claim(owner=name, ttl=TTL, limit=7):
+            mine += granted
+        return mine
+
+    claimers = [Background(claim, f"worker{number}") for number in range(8)]
+    granted = [lease.stream_id for claimer in claimers for lease in claimer.result()]
+    assert len(granted) == len(set(granted))
+    rest = store.claim(owner="rest", ttl=TTL, limit=160)
+    assert len(granted) + len(rest) == 160
+    assert observer.scalar("SELECT count(*) FROM lease_grants WHERE fencing_token = 1") == 160
+    assert observer.scalar("SELECT count(*) FROM lease_grants") == 160
+
+
+def test_of_eight_that_acquire_at_once_one_has_the_lease(store: LeaseStore, observer: Observer) -> None:
+    for round_number in range(5):
+        start = threading.Barrier(8)
+        stream = f"new{round_number}"
+
+        def acquire(name: str, start: threading.Barrier = start, stream: str = stream) -> Lease | None:
+            start.wait(10)
+            return store.acquire(stream, owner=name, ttl=TTL)
+
+        racers = [Background(acquire, f"worker{number}") for number in range(8)]
+        winners = [lease for racer in racers if (lease := racer.result())]
+        assert [lease.fencing_token for lease in winners] == [1]
+
+
+def test_registering_at_once_counts_each_stream_once(store: LeaseStore, observer: Observer) -> None:
+    start = threading.Barrier(4)
+
+    def register(reverse: bool) -> int:
+        start.wait(10)
+        names = [f"s{number:03}" for number in range(300)]
+        return store.register(reversed(names) if reverse else names)
+
+    counts = [Background(register, bool(number % 2)) for number in range(4)]
+    assert sum(count.result() for count in counts) == 300
+
+
+def test_a_frozen_operator_blocks_nobody_for_long(store: LeaseStore, engine: Engine, observer: Observer) -> None:
+    lease = take(store)
+    with locking(engine):
+        renewal = Background(store.renew, [lease], owner="one", ttl=TTL).result()
+        assert renewal.skipped == {"a"}
+        with pytest.raises(LeaseHeld, match="nothing was changed"):
+            store.expire("a", actor="op", timeout=timedelta(milliseconds=200))
+    assert store.renew([lease], owner="one", ttl=TTL).lost == {}
+    until(lambda: observer.waiting() == 0, "nobody waits any more")
