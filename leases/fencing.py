@@ -131,7 +131,7 @@ def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
     of_caller = seconds_of(cast(func.current_setting(timeout), Interval))
     milliseconds = cast(func.greatest(1, func.floor(left * 1000)), Integer)
     limit = func.concat(milliseconds, "ms")
-    still = of_caller
+    still: ColumnElement[float] = of_caller
     if timeout == TRANSACTION_TIMEOUT:
         # It counts from the transaction's begin; and a timer that runs is not set anew by another value, only by 0.
         still = of_caller - seconds(wall(), func.transaction_timestamp())
