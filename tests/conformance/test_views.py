@@ -94,7 +94,7 @@ def test_a_glob_means_the_same_on_both_engines(store: LeaseStore, clock: Clock) 
 def test_a_filter_that_can_never_work_is_refused(store: LeaseStore, clock: Clock) -> None:
     for bad in ({"state": "sleeping"}, {"limit": 0}, {"limit": True}, {"owner": ""}, {"glob": "a\0"}, {"pool": "\n"}):
         with pytest.raises(ValueError, match=r".+"):
-            store.list(**bad)  # type: ignore[arg-type]  # that is what is tried
+            store.list(**bad)
 
 
 def test_the_history_of_a_stream_the_latest_first(store: LeaseStore, clock: Clock) -> None:

@@ -71,9 +71,10 @@ class Observer:
             )
         )
 
-    def wait_for(self, sessions: int) -> None:
-        """Wait until so many sessions wait for locks."""
+    def wait_for(self, sessions: int) -> float:
+        """Wait until so many sessions wait for locks; when that was by this process's clock."""
         until(lambda: self.waiting() >= sessions, f"{sessions} sessions wait for a lock")
+        return time.monotonic()
 
     def wait_for_expiry(self, stream_id: str = "a") -> None:
         """Wait until a lease has expired by the server's clock."""
