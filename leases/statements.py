@@ -61,9 +61,11 @@ AT_MOST: ColumnElement[int] = bindparam("at_most", type_=Integer)
 LIVE = and_(leases.c.owner.is_not(None), leases.c.expires_at > now())
 """Held and unexpired: at `expires_at == now` a lease has expired."""
 
+LONGEST: ColumnElement[float] = literal_column(str(limits.MAX_TTL.total_seconds()))
+
 EXPIRED = or_(
     leases.c.expires_at <= now(),
-    leases.c.expires_at > later(literal_column(str(limits.MAX_TTL.total_seconds()))),
+    leases.c.expires_at > later(LONGEST),
 )
 """Past its end; or further away than any lease can be: the clock was set back, and nobody was promised that."""
 
@@ -148,7 +150,11 @@ def _claim() -> ReturningUpdate[Any]:
     owners = first.cte("owners", recursive=True)
     following = select(func.min(leases.c.owner)).where(leases.c.owner > owners.c.owner).scalar_subquery()
     owners = owners.union_all(select(following).where(owners.c.owner.is_not(None)))
-    alive = exists().where(lease_workers.c.worker_id == owners.c.owner, lease_workers.c.expires_at > now())
+    alive = exists().where(
+        lease_workers.c.worker_id == owners.c.owner,
+        lease_workers.c.expires_at > now(),
+        lease_workers.c.expires_at <= later(LONGEST),
+    )
     # A live worker looks after its own rows; the claimer is that worker for its own.
     dead = select(owners.c.owner).where(owners.c.owner.is_not(None), or_(owners.c.owner == HOLDER, not_(alive)))
     left = _locked(
