@@ -81,6 +81,21 @@ def log_of(store: LeaseStore) -> EventLog:
     return EventLog(store)
 
 
+def within_fence(store: LeaseStore, *leases: Lease, body: Callable[[Connection], R]) -> R:
+    """Run a function in `store.fenced(…)`, of either colour."""
+    if not isinstance(store, Blocking):
+        with store.fenced(*leases) as connection:
+            return body(connection)
+
+    async def go() -> R:
+        async with store.asynchronous.fenced(*leases) as connection:
+            result: R = await connection.run_sync(body)
+            return result
+
+    done: R = store._loop.wait(go())
+    return done
+
+
 def take(store: LeaseStore, stream_id: str = "a", owner: str = "one", ttl: timedelta = TTL, **options: Any) -> Lease:
     """Acquire a lease that must be free."""
     lease = store.acquire(stream_id, owner=owner, ttl=ttl, **options)

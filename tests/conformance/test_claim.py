@@ -149,6 +149,13 @@ def test_a_clock_set_back_frees_what_a_dead_owner_held(store: LeaseStore, clock:
     assert names(store.claim(owner="two", ttl=TTL, limit=5)) == ["a"]
 
 
+def test_a_worker_from_before_the_clock_was_set_back_is_dead(store: LeaseStore, clock: Clock) -> None:
+    store.enlist(worker("one"), ttl=timedelta(hours=24))
+    take(store, "a", owner="one", ttl=timedelta(hours=24))
+    clock.advance(-1)
+    assert names(store.claim(owner="two", ttl=TTL, limit=5)) == ["a"]
+
+
 def test_a_repeated_claim_gets_the_same_grants(store: LeaseStore, clock: Clock) -> None:
     store.register(["a", "b", "c"])
     attempt = uuid4()

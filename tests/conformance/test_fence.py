@@ -12,7 +12,7 @@ from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 
 from leases import ConfigError, Lease, LeaseStore, StaleToken, StoreError, advance_watermark, fence, watermark_table
 from tests.clock import Clock
-from tests.conformance.driver import TTL, Caller, rows, take
+from tests.conformance.driver import TTL, Caller, rows, take, within_fence
 
 pytestmark = pytest.mark.usefixtures("clock", "work")
 
@@ -271,6 +271,55 @@ def test_a_refusal_inside_the_stores_own_transaction_keeps_nothing(store: LeaseS
 
     with pytest.raises(StoreError):
         store.run(body)
+    assert written(store) == 0
+
+
+def write_only(connection: Connection) -> None:
+    connection.execute(WRITE)
+
+
+def test_what_is_done_within_the_stores_fence_is_kept(store: LeaseStore) -> None:
+    leases = [take(store, name) for name in ("b", "a")]
+    within_fence(store, *leases, body=write_only)
+    assert written(store) == 1
+
+
+def test_within_the_stores_fence_a_stale_owner_does_not_even_begin(store: LeaseStore) -> None:
+    held, stale = take(store, "a"), take(store, "b")
+    store.steal("b", to="two", ttl=TTL, actor="op")
+    with pytest.raises(StaleToken) as refused:
+        within_fence(store, held, stale, body=write_only)
+    assert (refused.value.fencing_token, refused.value.current_token) == (1, 2)
+    assert written(store) == 0
+
+
+def test_an_error_within_the_stores_fence_passes_as_it_is_and_keeps_nothing(store: LeaseStore) -> None:
+    lease = take(store)
+
+    class Crash(Exception):
+        pass
+
+    def crash(connection: Connection) -> None:
+        connection.execute(WRITE)
+        raise Crash
+
+    with pytest.raises(Crash):
+        within_fence(store, lease, body=crash)
+    assert written(store) == 0
+    assert store.renew([lease], owner="one", ttl=TTL).lost == {}, "and the store goes on"
+
+
+def test_a_refusal_swallowed_within_the_stores_fence_keeps_nothing(store: LeaseStore) -> None:
+    held, stale = take(store, "a"), take(store, "b")
+    store.release(stale)
+
+    def swallow(connection: Connection) -> None:
+        connection.execute(WRITE)
+        with suppress(StaleToken):
+            fence(connection, stale)
+
+    with pytest.raises(StoreError):
+        within_fence(store, held, body=swallow)
     assert written(store) == 0
 
 
