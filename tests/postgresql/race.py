@@ -15,7 +15,7 @@ from leases import Lease, fence
 
 R = TypeVar("R")
 
-PATIENCE_S = 10.0
+PATIENCE_S = 15.0
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -71,10 +71,9 @@ class Observer:
             )
         )
 
-    def wait_for(self, sessions: int) -> float:
-        """Wait until so many sessions wait for locks; when that was by this process's clock."""
+    def wait_for(self, sessions: int) -> None:
+        """Wait until so many sessions wait for locks."""
         until(lambda: self.waiting() >= sessions, f"{sessions} sessions wait for a lock")
-        return time.monotonic()
 
     def wait_for_expiry(self, stream_id: str = "a") -> None:
         """Wait until a lease has expired by the server's clock."""

@@ -95,7 +95,7 @@ def test_an_operator_that_waits_too_long_is_told_who_blocks(
     with writing(engine, lease) as connection:
         pid = connection.execute(text("SELECT pg_backend_pid()")).scalar()
         with pytest.raises(LeaseHeld) as held:
-            getattr(store, action)("a", actor="op", timeout=timedelta(milliseconds=300), **MORE[action])
+            getattr(store, action)("a", actor="op", timeout=timedelta(seconds=1), **MORE[action])
         connection.execute(WRITE, {"token": 1})
         connection.commit()
     (blocker,) = held.value.blockers
@@ -112,10 +112,10 @@ def test_writers_that_follow_each_other_do_not_hold_an_operator_up_beyond_its_ti
     with ExitStack() as stack:
         writers = [stack.enter_context(writing(engine, lease)) for _ in range(4)]
         operator = Background(store.expire, "a", actor="op", timeout=timedelta(milliseconds=400))
-        began = observer.wait_for(1)
+        began = time.monotonic()
         for number, writer in enumerate(writers, start=1):  # each ends before the timeout would have come to its end
             until(
-                lambda number=number: operator.done() or time.monotonic() > began + number * 0.25,  # type: ignore[misc]
+                lambda number=number: operator.done() or time.monotonic() > began + number * 0.3,  # type: ignore[misc]
                 "the next writer's time has come",
             )
             writer.commit()
