@@ -87,6 +87,20 @@ def test_an_operator_waits_for_the_fenced_write_and_then_succeeds(
     assert observer.scalar("SELECT fencing_token FROM leases") == 2
 
 
+def test_a_grant_by_raw_sql_waits_for_the_fenced_write_too(
+    store: LeaseStore, engine: Engine, observer: Observer
+) -> None:
+    lease = take(store)
+    with writing(engine, lease) as connection:
+        raw = Background(observer.execute, "UPDATE leases SET owner = 'psql', fencing_token = fencing_token + 1")
+        observer.wait_for(1)
+        connection.execute(WRITE, {"token": 1})
+        connection.commit()
+    raw.result()
+    with pytest.raises(StaleToken):
+        store.write_checkpoint(lease, 1)
+
+
 @pytest.mark.parametrize("action", ["expire", "steal"])
 def test_an_operator_that_waits_too_long_is_told_who_blocks(
     store: LeaseStore, engine: Engine, observer: Observer, action: str
