@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from leases import ConfigError, EventLog, LeaseHeld, LeaseNotHeld, LeaseStore, StaleToken
+from leases.administration import end_now, revoke
 from leases.model import EndReason
 from tests.clock import Clock
 from tests.conformance.driver import TTL, rows, take
@@ -105,6 +106,14 @@ def test_a_grant_that_was_named_must_be_the_current_one(store: LeaseStore, clock
         getattr(store, action)("a", actor="op", fencing_token=1, **more)
     assert store.renew([lease], owner="two", ttl=TTL).lost == {}
     store.expire("a", actor="op", fencing_token=2)
+
+
+def test_a_grant_made_between_the_two_steps_of_an_expire_is_left_alone(store: LeaseStore, clock: Clock) -> None:
+    take(store)
+    observed = store.run(lambda connection: end_now(connection, "a"))
+    successor = take(store, owner="two")
+    assert store.run(lambda connection: revoke(connection, observed, actor="op")) == successor.fencing_token
+    assert store.renew([successor], owner="two", ttl=TTL).lost == {}
 
 
 # --- steal -----------------------------------------------------------------------------------------------------

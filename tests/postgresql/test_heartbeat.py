@@ -150,3 +150,30 @@ def test_heartbeats_stay_heap_only(store: LeaseStore, observer: Observer) -> Non
         updated_after, hot_after = counted(updated + 100_000)
     assert updated_after - updated == 100_000
     assert (hot_after - hot) / 100_000 >= 0.99
+
+
+def test_a_heartbeat_looks_no_row_up_but_by_its_key_whatever_the_statistics_say(
+    store: LeaseStore, observer: Observer
+) -> None:
+    store.register(f"s{number:04}" for number in range(300))
+    observer.execute("ANALYZE leases")  # of now, when nobody owns anything
+    with store.engine.connect() as connection:
+        leases = operations.claim(connection, owner="one", ttl=TTL, limit=300)
+        connection.commit()
+
+        def read() -> tuple[int, int]:
+            """How many rows were read from the table in sequence, and by the index on owner."""
+            connection.execute(text("SELECT pg_stat_force_next_flush()"))
+            connection.commit()
+            return (
+                observer.scalar("SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'leases'"),
+                observer.scalar("SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'leases_owned'"),
+            )
+
+        before = read()
+        for _ in range(20):  # the server has a plan for all parameters from the eleventh on
+            operations.renew(connection, leases, owner="one", ttl=TTL)
+            connection.commit()
+        in_sequence, by_owner = (now - then for now, then in zip(read(), before, strict=True))
+    assert by_owner == 0
+    assert in_sequence <= 20 * 300 * 2, "no more than twice the table a beat"
