@@ -250,7 +250,9 @@ class Keeper:
                 self.beat()
                 # Early by a little, and never the same: the beats of a fleet that started together spread out.
                 pause_s = max(0.0, self.window.interval_s * random.uniform(0.9, 1.0) - (self._clock() - began_s))
-            except LeasesError as error:
+            except Exception as error:
+                if not isinstance(error, LeasesError):
+                    logger.exception("a heartbeat of %s failed in a way that is not foreseen", self._worker.worker_id)
                 with self._lock:
                     self._failures += 1
                     self._last_error = str(error)
@@ -317,7 +319,8 @@ class Keeper:
 def cut(connection: Any) -> None:
     """Break a driver's connection from another thread: whoever waits on it gets an error at once."""
     if isinstance(connection, sqlite3.Connection):
-        connection.interrupt()
+        with suppress(sqlite3.Error):  # closed meanwhile
+            connection.interrupt()
     elif isinstance(connection, psycopg.Connection):
         # By the socket, not by close(): libpq's connection belongs to the thread that waits on it.
         with suppress(OSError, psycopg.Error):

@@ -366,6 +366,8 @@ def test_a_heartbeat_that_hangs_is_cut_and_the_next_one_passes(postgresql_url: s
     with LeaseStore(postgresql_url) as store, SessionRegistry(store, ttl=QUICK, on_lost=seen.on_lost) as registry:
         registry.open("s")
         with everything_locked(postgresql_url):
+            # Nobody lets it through; that it has an end at all is the watch's work.
+            assert wait_for(lambda: registry.health().failures >= 1)
             assert seen.was_lost.wait(SOON_S)
         session = registry.open("s", wait=timedelta(seconds=SOON_S))
         assert wait_for(lambda: registry.health().failures == 0 and session.remaining() > QUICK / 2)
@@ -408,3 +410,21 @@ def wait_for(condition: Callable[[], bool]) -> bool:
             return True
         pause.wait(0.02)
     return False
+
+
+def test_a_heartbeat_that_fails_in_an_unforeseen_way_is_followed_by_the_next(
+    store: LeaseStore, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SessionRegistry(store, ttl=QUICK, on_renewed=seen.on_renewed) as registry:
+        beat, failed = registry.keeper.beat, threading.Event()
+
+        def fails_once() -> None:
+            if not failed.is_set():
+                failed.set()
+                raise RuntimeError("can't start new thread")
+            beat()
+
+        monkeypatch.setattr(registry.keeper, "beat", fails_once)
+        registry.open("s")
+        assert failed.wait(SOON_S)
+        assert seen.renewed_thrice.wait(SOON_S)
