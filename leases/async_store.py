@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
 from leases import administration, events, migrate, operations, recipes, views
-from leases.engine import READ_OPTION, check_file, create_async_engine, dedicated, describe
+from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
+from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.store import LeaseStore

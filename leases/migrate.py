@@ -17,8 +17,9 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
 from alembic import command
 from leases import limits
-from leases.engine import BUSY_OPTION, begin_immediate, describe, is_busy
+from leases.engine import BUSY_OPTION, begin_immediate, describe
 from leases.errors import ConfigError, SchemaOutdated, StoreUnavailable
+from leases.faults import is_busy
 from leases.schema import VERSION, VERSION_TABLE
 
 MIGRATION_LOCK = 0x6C65617365730001

@@ -151,12 +151,7 @@ class StreamSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.close()
-        except LeasesError as failure:
-            if error is None:
-                raise
-            error.add_note(f"and the lease could not be released: {failure}")
+        _leave(self.close, error)
 
     def __repr__(self) -> str:
         state = f"lost: {self.loss}" if self.loss else "closed" if self._closed else "open"
@@ -263,12 +258,7 @@ class SessionRegistry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.close()
-        except LeasesError as failure:
-            if error is None:
-                raise
-            error.add_note(f"and not every lease could be released: {failure}")
+        _leave(self.close, error)
 
     # --- what happens to sessions ------------------------------------------------------------------------------
 
@@ -329,6 +319,16 @@ class SessionRegistry:
             callback(session)
         except Exception:
             logger.exception("a callback failed")
+
+
+def _leave(close: Callable[[], None], error: BaseException | None) -> None:
+    """Close on the way out of a block; an error that is on its way already is not replaced by one of closing."""
+    try:
+        close()
+    except LeasesError as failure:
+        if error is None:
+            raise
+        error.add_note(f"and not all could be released: {failure}")
 
 
 class _Stamp:

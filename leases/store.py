@@ -25,7 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
 from leases import administration, events, migrate, operations, recipes, views
-from leases.engine import READ_OPTION, check_file, create_engine, describe
+from leases.engine import READ_OPTION, create_engine, describe
+from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.transaction import (

@@ -18,18 +18,9 @@ from tenacity import retry_if_exception_type, stop_after_delay, wait_random_expo
 
 from leases import administration, limits, migrate, recipes, views
 from leases.dialects import POSTGRESQL, SQLITE, require_supported
-from leases.engine import (
-    BUSY_OPTION,
-    TIMED_OUT_STATES,
-    as_writer,
-    check_file,
-    describe,
-    is_busy,
-    is_disconnect,
-    sqlstate,
-    translate,
-)
+from leases.engine import BUSY_OPTION, as_writer, describe
 from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, StoreUnavailable
+from leases.faults import TIMED_OUT_STATES, check_file, is_busy, is_disconnect, sqlstate, translate
 from leases.fencing import fence
 from leases.model import Blocker, Lease
 from leases.recipes import Step, Wait

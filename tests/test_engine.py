@@ -17,7 +17,16 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from leases import AsyncLeaseStore, ConfigError, LeasesError, LeaseStore, SchemaOutdated, StoreError, StoreUnavailable
+from leases import (
+    AsyncLeaseStore,
+    ConfigError,
+    LeasesError,
+    LeaseStore,
+    SchemaOutdated,
+    StoreError,
+    StoreUnavailable,
+    faults,
+)
 from leases import engine as engines
 from tests.postgres import Server
 
@@ -209,7 +218,7 @@ def test_a_key_files_password_is_not_shown() -> None:
 def test_a_password_in_a_drivers_words_is_struck_out(said: str) -> None:
     url = make_url(f"postgresql+psycopg://user:{CANARY}@host/db")
     cause = psycopg.OperationalError(said.format(CANARY, CANARY))
-    error = engines.translate(DBAPIError("SELECT 1", {"password": CANARY}, cause), url)
+    error = faults.translate(DBAPIError("SELECT 1", {"password": CANARY}, cause), url)
     assert CANARY not in str(error)
     assert str(error).isprintable()
 
@@ -451,6 +460,6 @@ def test_transactions_on_a_callers_sqlite_engine_begin_as_writers_and_the_caller
 )
 def test_a_drivers_error_becomes_ours_by_what_can_be_done(cause: Exception, kind: type[LeasesError]) -> None:
     url = make_url("sqlite:///x" if isinstance(cause, sqlite3.Error) else "postgresql+psycopg://user@host/db")
-    error = engines.translate(DBAPIError("SELECT 1", {}, cause), url)
+    error = faults.translate(DBAPIError("SELECT 1", {}, cause), url)
     assert type(error) is kind
     assert engines.describe(url) in str(error)

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from leases import LeaseStore, protect, unprotect
-from leases.engine import sqlstate
+from leases.faults import sqlstate
 
 TTL = timedelta(seconds=15)
 

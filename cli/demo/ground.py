@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from leases import LeaseStore, dialects, migrate, operations
 from leases.dialects import now, one_of, wall
-from leases.engine import translate
+from leases.faults import translate
 from leases.schema import lease_checkpoints, lease_events, lease_workers, leases
 from leases.statements import LIVE
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from leases import EventLog, Lease, LeaseStore, StaleToken, fence
-from leases.engine import sqlstate
+from leases.faults import sqlstate
 from tests.conformance.driver import TTL, take
 from tests.postgresql.race import PATIENCE_S, Background, Observer, until, writing
 
