@@ -6,6 +6,7 @@ it alone. It cannot be suspended there (Ctrl-Z): nobody would see that it stands
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -54,6 +55,11 @@ class Child:
         self._woken.set()
 
     @property
+    def group(self) -> int:
+        """The number of its process group."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         return not self._ended.is_set()
 
@@ -99,6 +105,33 @@ class Child:
         signal.signal(signal.SIGTTOU, before)
         if group == self._process.pid:
             self.send(signal.SIGCONT)  # it may have wanted to read before it was its turn
+
+
+class Guard:
+    """A shell that ends a command's group should this process die without having done so: SIGKILL asks nobody.
+
+    It reads from a pipe of which this process has the only other end, and which the system closes with it.
+    """
+
+    # Without `--` before the group: not every shell's kill knows it.
+    _SCRIPT = 'read _; kill -TERM "-$1"; kill -CONT "-$1"; sleep "$2"; kill -KILL "-$1"'
+
+    def __init__(self, group: int, grace_s: float) -> None:
+        reading, self._writing = os.pipe()
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", self._SCRIPT, "leases-guard", str(group), str(math.ceil(grace_s))],
+            stdin=reading,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(reading)
+
+    def dismiss(self) -> None:
+        """The command has ended: there is nothing to guard any more."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._writing)
 
 
 def _foreground() -> int | None:

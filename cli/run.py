@@ -8,8 +8,9 @@ The exit code is the command's (128 + n if signal n ended it), or one of these:
     123       the store is unavailable, or its tables are not of this version; the command was not started
     126, 127  the command cannot be executed, is not there; the lease was let go
 
-Should `leases run` itself be killed (SIGKILL), nobody ends the command, and its lease expires: only a fence on what the
-command writes, by LEASE_TOKEN, protects then. Pausing the stream does not end the command: the next one has to wait.
+Should `leases run` itself be killed (SIGKILL), a guard ends the command at once. Should the whole machine stand still,
+only a fence on what the command writes, by LEASE_TOKEN, protects. Pausing the stream does not end the command: the next
+one has to wait.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from datetime import timedelta
 
 import click
 
-from leases.cli.child import Signalled, Signals
+from leases.cli.child import Guard, Signalled, Signals
 from leases.cli.command import USAGE, Command, Failed, advice, code_of, say
 from leases.cli.context import OWNER, PAUSE_OR_NONE, STREAM, TTL, URL_VARIABLE, Settings, common_options
 from leases.errors import LeaseHeld, LeasesError
@@ -63,7 +64,7 @@ leases run orders/7 --wait 1m --ttl 30s -- python worker.py
     "--grace", type=PAUSE_OR_NONE, default="5s", show_default=True, help="When the lease is lost: from TERM to KILL."
 )
 @click.option("--owner", type=OWNER, metavar="OWNER", help="Our name. [default: host:pid:random]")
-@click.option("--quiet", "-q", is_flag=True, help="Say nothing when the lease is got or let go.")
+@click.option("--quiet", "-q", is_flag=True, help="Do not say that the lease is got.")
 @common_options
 @click.pass_obj
 def run(
@@ -135,6 +136,7 @@ def _hold(
     except OSError as error:
         found = not isinstance(error, FileNotFoundError)
         raise Failed(NOT_EXECUTABLE if found else NOT_FOUND, f"cannot run {command[0]!r}: {error.strerror}") from None
+    guard = Guard(child.group, grace.total_seconds())
     try:
         told.woken.wait()
     finally:
@@ -144,6 +146,7 @@ def _hold(
         else:
             told.lost(session, "the command is ended")
             child.end(grace.total_seconds())
+        guard.dismiss()
         signals.ended()
     try:
         session.close()

@@ -158,18 +158,19 @@ def _swap(connection: Connection, info: LeaseInfo, **values: Any) -> Row[Any]:
 def pause(connection: Connection, stream_id: str, *, actor: str, reason: str | None = None) -> None:
     """Let nobody acquire the stream until `resume`. Its owner keeps the lease, and is told with its next heartbeat.
 
-    A second call changes nothing but the reason. `LeaseNotHeld` if the stream is unknown.
+    A second call changes nothing but the reason, if it gives one. `LeaseNotHeld` if the stream is unknown.
     """
     info = require(connection, stream_id, locked=True)
-    connection.execute(
-        update(leases)
-        .where(leases.c.stream_id == stream_id)
-        .values(
-            paused_at=func.coalesce(leases.c.paused_at, now()),
-            paused_by=limits.text("actor", actor),
-            pause_reason=None if reason is None else limits.text("reason", reason),
+    if info.paused_at is None or reason is not None:
+        connection.execute(
+            update(leases)
+            .where(leases.c.stream_id == stream_id)
+            .values(
+                paused_at=func.coalesce(leases.c.paused_at, now()),
+                paused_by=limits.text("actor", actor),
+                pause_reason=None if reason is None else limits.text("reason", reason),
+            )
         )
-    )
     record(connection, "pause", actor, stream_id, info.fencing_token, info.fencing_token, reason)
 
 
@@ -193,7 +194,7 @@ def retire(
     An owner keeps its lease, and is told with its next heartbeat. The rows stay, and with them their tokens. Unknown
     streams are passed over. With an `actor` each leaves a line in the audit.
     """
-    given = sorted({limits.stream_id(stream_id) for stream_id in stream_ids})
+    given = limits.stream_ids(stream_ids)
     dialect = dialects.name_of(connection)
     rows = connection.execute(
         update(leases)

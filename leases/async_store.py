@@ -33,6 +33,7 @@ from leases.transaction import (
     Tables,
     Watch,
     amethod,
+    as_method,
     begin_fenced,
     committing,
     own,
@@ -43,7 +44,7 @@ from leases.transaction import (
 
 
 def _arecipe(recipe: Recipe[P, R]) -> Callable[Concatenate[AsyncLeaseStore, P], Coroutine[Any, Any, R]]:
-    @functools.wraps(recipe)
+    @as_method(recipe)
     async def follow(store: AsyncLeaseStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await store._follow(recipe(time.monotonic, *args, **kwargs))
 

@@ -5,13 +5,13 @@
     ├─ LeaseNotHeld                    nothing to act on: no such stream, or nobody holds it
     │  ├─ LeaseLost                    was mine, is no longer
     │  └─ StaleToken                   a fenced write under an old token
-    ├─ LeaseHeld                       an operator's action met a live lease or a blocking session
+    ├─ LeaseHeld                       the stream cannot be had, or a session blocks an operator's action
     └─ StoreError
        ├─ StoreUnavailable             worth a retry
        ├─ OutcomeUnknown               may or may not have happened
        └─ SchemaOutdated               run `leases migrate`
 
-Losing a race is an answer (`None`), never an error.
+Losing a race is an answer (`None`) of every operation, not an error; only who insists gets `LeaseHeld`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LeaseLost(LeaseNotHeld):
 
 
 class StaleToken(LeaseNotHeld):
-    """A write was refused: its token is not the stream's live one. Roll back; the stream has another owner.
+    """A write was refused: its token is not that of a live lease. Roll back; this owner's time is over.
 
     `fencing_token` is the writer's, `current_token` and `current_owner` the table's (None where the stream is
     unknown or free). Equal tokens mean that the lease itself ended: it expired, or was released.
@@ -77,7 +77,10 @@ class StaleToken(LeaseNotHeld):
 
 
 class LeaseHeld(LeasesError):
-    """An operator's action met a live lease, or sessions whose fenced writes hold its row (`blockers`)."""
+    """The stream cannot be had: somebody holds it, it is paused or retired, or fenced writes hold its row (`blockers`).
+
+    Raised where the caller insists: `SessionRegistry.open`, an operator's steal. `acquire` and `try_open` return None.
+    """
 
     def __init__(
         self, message: str, *, stream_id: str, owner: str | None = None, blockers: Sequence[Blocker] = ()

@@ -86,6 +86,7 @@ class Keeper:
         self, store: LeaseStore, worker: Worker, window: Window, told: Told, *, clock: Clock = monotonic
     ) -> None:
         self.window = window
+        self._store_given = store
         self._worker = worker
         self._told = told
         self._clock = clock
@@ -110,7 +111,13 @@ class Keeper:
     # --- what the registry asks for ----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to beat; enlists the process. A second call is harmless; `ConfigError` after `stop`."""
+        """Begin to beat; enlists the process. A second call is harmless; `ConfigError` after `stop`.
+
+        Looks first whether the store is there, in the caller's thread: what is wrong with it is raised here. (And
+        SQLAlchemy's dialect, which both pools share, is complete only after the first connection of one of them.)
+        """
+        if not self._threads:
+            self._store_given.run(lambda _: None, read_only=True)
         with self._lock:
             if self._stopping.is_set():
                 raise ConfigError("this registry is closed; make a new one")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -70,6 +71,13 @@ def _name(what: str, value: str) -> str:
         if why:
             raise ConfigError(f"{what} holds {why} (U+{ord(character):04X}) at position {position}; remove it")
     return value
+
+
+def stream_ids(values: Iterable[str]) -> list[str]:
+    """Return stream_ids, each once and in order, if every one can name a stream; a text alone is not a list of them."""
+    if isinstance(values, str):
+        raise ConfigError(f"stream_ids must be a list of texts, not one text; write [{values!r}]")
+    return sorted({stream_id(value) for value in values})
 
 
 def ttl(value: timedelta | float) -> timedelta:

@@ -133,7 +133,8 @@ def check(connection: Connection, schema: str | None = None) -> None:
     if found == VERSION:
         return
     if found is None:
-        raise SchemaOutdated("this database has no lease tables; run `leases migrate`")
+        place, option = ("this database", "") if schema is None else (f"the schema {schema!r}", " --schema NAME")
+        raise SchemaOutdated(f"{place} has no lease tables; run `leases migrate{option}`")
     with _configured() as config:
         known = found in _known(config)
     if not known:

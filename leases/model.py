@@ -217,9 +217,13 @@ class Loss(StrEnum):
     """Why a session lost its lease."""
 
     EXPIRED = "expired"
+    """It was not extended in time: its process stood still, or the database could not be reached."""
     TAKEN = "taken"
+    """Another owner has it: an operator moved it, or it was claimed after it expired."""
     REVOKED = "revoked"
+    """An operator ended it, and nobody has it now."""
     RELEASED = "released"
+    """It was released in its own name, by somebody who knew the grant."""
 
 
 @dataclass(frozen=True, slots=True)

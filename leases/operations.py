@@ -29,7 +29,7 @@ def register(connection: Connection, stream_ids: Iterable[str], *, pool: str = D
     A stream that is known already stays as it is, whatever its pool; one that was retired comes back, in `pool`. A
     second call is harmless. Tokens go on from where they were.
     """
-    given = sorted({limits.stream_id(stream_id) for stream_id in stream_ids})
+    given = limits.stream_ids(stream_ids)
     limits.pool(pool)
     if not given:
         return 0

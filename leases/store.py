@@ -39,6 +39,7 @@ from leases.transaction import (
     Recipe,
     Tables,
     Watch,
+    as_method,
     begin_fenced,
     committing,
     method,
@@ -50,7 +51,7 @@ from leases.transaction import (
 
 
 def _recipe(recipe: Recipe[P, R]) -> Callable[Concatenate[LeaseStore, P], R]:
-    @functools.wraps(recipe)
+    @as_method(recipe)
     def follow(store: LeaseStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return store._follow(recipe(time.monotonic, *args, **kwargs))
 

@@ -6,6 +6,8 @@ The parts are plain functions of a sync `Connection`; an async store runs them t
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +22,7 @@ from leases import administration, limits, migrate, recipes, views
 from leases.dialects import POSTGRESQL, SQLITE, require_supported
 from leases.engine import BUSY_OPTION, as_writer, describe
 from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, StoreUnavailable
-from leases.faults import TIMED_OUT_STATES, check_file, is_busy, is_disconnect, sqlstate, translate
+from leases.faults import ENDED_STATES, TIMED_OUT_STATES, check_file, is_busy, is_disconnect, sqlstate, translate
 from leases.fencing import fence
 from leases.model import Blocker, Lease
 from leases.recipes import Step, Wait
@@ -118,6 +120,10 @@ def committing(url: URL) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
+        if sqlstate(error) in ENDED_STATES:
+            raise StoreUnavailable(
+                f"{describe(url)} has ended the transaction at its time limit, before COMMIT: nothing of it is kept"
+            ) from None
         if is_disconnect(error):
             raise OutcomeUnknown(
                 f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
@@ -204,12 +210,35 @@ class RunsAsync(Protocol):
     async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R: ...
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def as_method(function: Callable[..., Any]) -> Callable[[F], F]:
+    """Do what `functools.wraps` does, but show the signature that a caller sees.
+
+    That is with `self` for the connection, or for a recipe's clock, and with what a recipe returns for its steps.
+    """
+    signature = inspect.signature(function)
+    others = list(signature.parameters.values())[1:]
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    returns = re.sub(r"^Generator\[Step, Any, (.*)\]$", r"\1", str(signature.return_annotation))
+
+    def decorate(wrapper: F) -> F:
+        functools.update_wrapper(wrapper, function)
+        del wrapper.__dict__["__wrapped__"]
+        shown = signature.replace(parameters=[itself, *others], return_annotation=returns)
+        wrapper.__dict__["__signature__"] = shown
+        return wrapper
+
+    return decorate
+
+
 def method(
     operation: Callable[Concatenate[Connection, P], R], *, read_only: bool = False
 ) -> Callable[Concatenate[Runs, P], R]:
     """Make a method of an operation: the same arguments, in a transaction of its own."""
 
-    @functools.wraps(operation)
+    @as_method(operation)
     def run(store: Runs, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return store.run(lambda connection: operation(connection, *args, **kwargs), read_only=read_only)
 
@@ -221,7 +250,7 @@ def amethod(
 ) -> Callable[Concatenate[RunsAsync, P], Coroutine[Any, Any, R]]:
     """Make a coroutine method of an operation: the same arguments, in a transaction of its own."""
 
-    @functools.wraps(operation)
+    @as_method(operation)
     async def run(store: RunsAsync, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await store.run(lambda connection: operation(connection, *args, **kwargs), read_only=read_only)
 

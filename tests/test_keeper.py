@@ -14,7 +14,17 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from leases import ConfigError, LeaseHeld, LeaseLost, LeaseStore, Loss, SessionRegistry, StaleToken, StreamSession
+from leases import (
+    ConfigError,
+    LeaseHeld,
+    LeaseLost,
+    LeaseStore,
+    Loss,
+    SchemaOutdated,
+    SessionRegistry,
+    StaleToken,
+    StreamSession,
+)
 from leases import engine as engines
 
 SOON_S = 10
@@ -428,3 +438,29 @@ def test_a_heartbeat_that_fails_in_an_unforeseen_way_is_followed_by_the_next(
         registry.open("s")
         assert failed.wait(SOON_S)
         assert seen.renewed_thrice.wait(SOON_S)
+
+
+def test_the_heartbeat_connects_only_when_the_dialect_is_complete(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The keeper's pool shares the dialect with the caller's, and SQLAlchemy completes it with the first connection.
+    with LeaseStore(postgresql_url) as store:
+        dialect = store.engine.dialect
+        initialize = dialect.initialize
+        beside: list[str] = []
+
+        def watched(connection: Any) -> None:
+            beside.extend(thread.name for thread in threading.enumerate())
+            initialize(connection)
+
+        monkeypatch.setattr(dialect, "initialize", watched)
+        with SessionRegistry(store, ttl=QUICK) as registry:
+            registry.open("s")
+        assert beside
+        assert "leases-beat" not in beside
+
+
+def test_a_registry_on_a_database_without_tables_says_so_at_once(empty_postgresql_url: str) -> None:
+    with LeaseStore(empty_postgresql_url) as store, SessionRegistry(store) as registry:
+        with pytest.raises(SchemaOutdated, match="leases migrate"):
+            registry.open("s")

@@ -30,6 +30,13 @@ MOST_WORKERS: Final = 64
 SHORTEST_TTL_S: Final = 0.5
 
 
+class _Console(Console):
+    """A console whose reader may go: then the command ends as every other one does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Interrupted(BaseException):
     """A signal asks for the end. Not an Exception: nothing on the way may take it for an error of its own."""
 
@@ -145,7 +152,7 @@ def _signals() -> Iterator[None]:
 def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path, as_json: bool) -> int:
     """Run the demo in a directory of its own; show what happens; return the exit code."""
     began_s = time.monotonic()
-    console = Console(stderr=as_json)
+    console = _Console(stderr=as_json)
     feed_file = directory / "feed.db"
     with Feed.make(feed_file, source.events()) as feed:
         lengths = feed.streams()

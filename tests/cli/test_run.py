@@ -256,3 +256,12 @@ def test_a_signal_that_is_ignored_stays_ignored(sqlite_url: str, start: Start) -
     assert line_of(process) == "ready"
     os.kill(process.pid, signal.SIGHUP)
     assert ended(process).code == 3
+
+
+def test_killed_itself_it_does_not_leave_the_command_behind(sqlite_url: str, start: Start) -> None:
+    script = f"import os; print(os.getpid(), flush=True); {STUBBORN}"
+    process = start(sqlite_url, "run", "s", "-q", "--grace", "1s", "--", sys.executable, "-c", script)
+    command = int(line_of(process))
+    assert line_of(process) == "ready"
+    process.kill()
+    until(lambda: gone(command))
