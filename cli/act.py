@@ -238,7 +238,7 @@ def release(settings: Settings, stream: str, owner: str | None, token: int | Non
     if settings.json:
         print_json({"stream_id": stream, "previous_owner": info.owner, "fencing_token": info.fencing_token})
     else:
-        held = "" if info.acquired_at is None else f", which had it since {ago(info.acquired_at, info.seen_at)}"
+        held = "" if info.acquired_at is None else f", acquired {ago(info.acquired_at, info.seen_at)}"
         print_line(f"{stream}: released by {info.owner}, token {info.fencing_token}{held}")
 
 

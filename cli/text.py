@@ -92,3 +92,7 @@ def parse_time(text: str, now: datetime) -> tuple[datetime, str | None] | None:
     except (ValueError, OverflowError):
         return None
     return at.replace(tzinfo=UTC), f"{text} has no time zone: UTC is assumed"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -27,7 +27,7 @@ from leases.cli.context import (
     yes_option,
 )
 from leases.cli.render import print_json, print_line
-from leases.cli.text import duration
+from leases.cli.text import duration, plural
 from leases.cli.watch import look
 from leases.errors import LeaseNotHeld
 from leases.model import DEFAULT_POOL, Pruned
@@ -250,14 +250,14 @@ def raise_tokens(settings: Settings, by: int, reason: str | None, yes: bool, act
             streams, live = store.run(_counts)
             ask(
                 yes,
-                f"{streams:,} streams, {live:,} of them held",
+                f"{plural(streams, 'stream')}, {live:,} of them held",
                 f"Raise all tokens by {by:,} and end all leases, on {where(store)}?",
             )
         count = store.raise_tokens(by=by, actor=actor, reason=reason)
     if settings.json:
         print_json({"raised": count, "by": by})
     else:
-        print_line(f"raised the tokens of {count:,} streams by {by:,}; nobody holds a lease")
+        print_line(f"raised the tokens of {plural(count, 'stream')} by {by:,}; nobody holds a lease")
 
 
 def _counts(connection: Connection) -> tuple[int, int]:

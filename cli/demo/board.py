@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from leases.cli.text import plural
+
 
 class State(StrEnum):
     """How a worker is."""
@@ -113,7 +115,3 @@ class Board:
         for number, count in former.items():
             seat.taken_over += count
             self.tell(f"worker {seat.number} took over {plural(count, 'stream')} of worker {number}")
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -20,10 +20,10 @@ from leases import ConfigError, LeaseStore, limits
 from leases.cli.command import REFUSED, USAGE, Command, Failed, say
 from leases.cli.context import Settings, common_options
 from leases.cli.demo import ground, supervisor, view
-from leases.cli.demo.board import Board, plural
+from leases.cli.demo.board import Board
 from leases.cli.demo.proof import Proof, prove
 from leases.cli.demo.source import BadFile, Feed, Source
-from leases.cli.text import shown
+from leases.cli.text import plural, shown
 from leases.engine import describe
 
 MOST_WORKERS: Final = 64

@@ -13,7 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from leases.cli.demo.board import Board, State, plural
+from leases.cli.demo.board import Board, State
+from leases.cli.text import plural
 
 COLOURS: Final = {
     State.STARTING: "dim",
