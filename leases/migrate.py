@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -133,7 +134,9 @@ def check(connection: Connection, schema: str | None = None) -> None:
     if found == VERSION:
         return
     if found is None:
-        place, option = ("this database", "") if schema is None else (f"the schema {schema!r}", " --schema NAME")
+        place, option = (
+            ("this database", "") if schema is None else (f"the schema {schema!r}", f" --schema {shlex.quote(schema)}")
+        )
         raise SchemaOutdated(f"{place} has no lease tables; run `leases migrate{option}`")
     with _configured() as config:
         known = found in _known(config)

@@ -104,7 +104,7 @@ def test_it_shows_what_is_about_to_happen_and_asks(command: tuple[str, ...], ans
         opened.expect(r"\[y/N\]")
         shown = " ".join(opened.shown.split())
         assert held_url in shown
-        assert "w1, token 1, " in shown or "1 streams, 1 of them held" in shown
+        assert "w1, token 1, " in shown or "1 stream, 1 of them held" in shown
         assert owner(held_url) == "w1"
         opened.type(f"{answer}\n")
         assert opened.end() == (0 if answer == "y" else 1)
