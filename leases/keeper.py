@@ -132,6 +132,8 @@ class Keeper:
 
     def stop(self) -> None:
         """End the threads, and take the process off the list. Leases that are still kept expire by themselves."""
+        if self.inherited:
+            return
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -167,7 +169,7 @@ class Keeper:
 
         So a process that has just been thawed learns at once what its watch will tell it in a moment.
         """
-        if os.getpid() != self._pid:
+        if self.inherited:
             return 0.0
         with self._lock:
             kept = self._kept.get(lease.stream_id)
@@ -178,6 +180,11 @@ class Keeper:
             self.lose(lease, Loss.EXPIRED)
             return 0.0
         return left
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy: the leases are the parent's, and so is their release."""
+        return os.getpid() != self._pid
 
     def health(self) -> Health:
         """How the heartbeats are."""

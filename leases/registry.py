@@ -272,6 +272,8 @@ class SessionRegistry:
         return session
 
     def _close(self, session: StreamSession, checkpoint: JSON) -> None:
+        if self.keeper.inherited:
+            return
         with self._lock:
             if session._closed:
                 return
