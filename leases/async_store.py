@@ -18,6 +18,7 @@ from tenacity import AsyncRetrying
 
 from leases import administration, events, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
+from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
@@ -91,12 +92,19 @@ class AsyncLeaseStore:
         """A transaction in which the fence of every lease has passed; see `LeaseStore.fenced`."""
         begin = AsyncRetrying(**retry_options(self.retry_for)).wraps(self._begin_fenced)
         connection, transaction = await begin(leases)
+        transaction.__enter__()  # no I/O; as in `LeaseStore.fenced`
         try:
-            yield connection
-            with committing(self.url):
-                await connection.run_sync(lambda _: transaction.commit())
+            try:
+                yield connection
+                with committing(self.url):
+                    await connection.run_sync(lambda _: transaction.commit())
+            except BaseException as error:
+                failure = error
+                await connection.run_sync(lambda _: transaction.__exit__(type(failure), failure, failure.__traceback__))
+                raise
+            await connection.run_sync(lambda _: transaction.__exit__(None, None, None))
         finally:
-            await connection.close()  # which rolls back what was not committed
+            await connection.close()
 
     async def _begin_fenced(self, leases: Collection[Lease]) -> tuple[AsyncConnection, Transaction]:
         self._tables.check_file()
@@ -109,9 +117,19 @@ class AsyncLeaseStore:
                 raise
 
     async def _retried(self, call: Call[R], options: Options) -> R:
-        async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
-            with attempt:
-                return await self._once(call, attempt.retry_state.attempt_number, options)
+        unknown: OutcomeUnknown | None = None
+        try:
+            async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
+                with attempt:
+                    try:
+                        return await self._once(call, attempt.retry_state.attempt_number, options)
+                    except OutcomeUnknown as error:
+                        unknown = error
+                        raise
+        except LeaseNotHeld:
+            if unknown is not None:  # this try was refused, but an earlier one may have been accepted
+                raise unknown from None
+            raise
         raise AssertionError("tenacity returns or raises")
 
     async def _once(self, call: Call[R], attempt: int, options: Options) -> R:
@@ -160,6 +178,10 @@ class AsyncLeaseStore:
 
     def sync_store(self) -> LeaseStore:
         """A `LeaseStore` on the same database, with connections of its own: for a `SessionRegistry` beside asyncio."""
+        if self.url.get_backend_name() == "sqlite" and self.url.database in (None, "", ":memory:"):
+            raise ConfigError(
+                "a database in memory cannot be shared with a thread's store; name a file: sqlite:///FILE"
+            )
         store = LeaseStore(dedicated(self.base_engine.sync_engine), schema=self.schema, retry_for=self.retry_for)
         store.closes_engine = True
         return store

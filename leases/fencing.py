@@ -9,7 +9,8 @@ moves), lose the lease, wake up and write. The fence closes that gap, because ch
 
 What it promises: if `fence` returns, no grant, steal or expire of that stream commits before this transaction ends;
 and at the moment of the check the token was current, the owner the row's, and the lease unexpired. It holds at every
-isolation level. Heartbeats pass.
+isolation level, but that under REPEATABLE READ and SERIALIZABLE the check is of the transaction's snapshot: a release
+or an operator's first step that was committed since is not seen. The next grant waits all the same. Heartbeats pass.
 
 How, on PostgreSQL: the row is locked `FOR KEY SHARE`. A grant raises the token, which is a column of a unique index,
 and so needs `FOR UPDATE`, which waits; a heartbeat needs `FOR NO KEY UPDATE`, which does not. After the lock the expiry
@@ -218,6 +219,8 @@ def advance_watermark(connection: Connection, watermarks: Table, lease: Lease) -
     equal and of the same owner; it raises `StaleToken` otherwise, after rolling the transaction back. It
     cannot know of an expiry: until the next owner's first write, an expired owner's writes still pass.
     """
+    if connection.in_nested_transaction():
+        raise ConfigError("a watermark inside a savepoint does not hold: advance it in the outermost transaction")
     limits.stream_id(lease.stream_id)
     build: Any = postgresql.insert if dialects.name_of(connection) == dialects.POSTGRESQL else sqlite.insert
     statement = build(watermarks).values(
@@ -232,5 +235,8 @@ def advance_watermark(connection: Connection, watermarks: Table, lease: Lease) -
             and_(seen.fencing_token == offered.fencing_token, seen.owner == offered.owner),
         ),
     ).returning(seen.fencing_token)
-    if connection.execute(statement).one_or_none() is None:
+    advanced = connection.execute(statement).one_or_none()
+    if not dialects.in_transaction(connection):
+        raise ConfigError("a watermark needs a transaction, and this connection is in autocommit mode")
+    if advanced is None:
         raise refused(connection, lease, watermarks)

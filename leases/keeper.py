@@ -47,6 +47,9 @@ from leases.trust import Clock, Window, monotonic
 
 logger = logging.getLogger("leases")
 
+STRAYS_EVERY = 3
+"""How many beats from one look for rows in our name that have expired unnoticed to the next: about one a TTL."""
+
 FIRST_RETRY_S = 0.05
 """How soon after a failed beat the next one is tried; each further failure doubles it, up to an interval."""
 
@@ -97,6 +100,7 @@ class Keeper:
         self._store.closes_engine = engine is not store.base_engine
         self._kept: dict[str, _Kept] = {}
         self._enlisted = False
+        self._beats = 0
         self._beaten_at_s: float | None = None
         self._failures = 0
         self._last_error: str | None = None
@@ -116,6 +120,8 @@ class Keeper:
         Looks first whether the store is there, in the caller's thread: what is wrong with it is raised here. (And
         SQLAlchemy's dialect, which both pools share, is complete only after the first connection of one of them.)
         """
+        if self.inherited:
+            raise ConfigError("this registry is the parent process's; make a store and a registry after the fork")
         if not self._threads:
             self._store_given.run(lambda _: None, read_only=True)
         with self._lock:
@@ -123,12 +129,13 @@ class Keeper:
                 raise ConfigError("this registry is closed; make a new one")
             if self._threads:
                 return
-            self._threads = tuple(
+            threads = tuple(
                 threading.Thread(target=target, name=f"leases-{name}", daemon=True)
                 for name, target in (("beat", self._beat_on), ("watch", self._watch_on))
             )
-        for thread in self._threads:
-            thread.start()
+            for thread in threads:
+                thread.start()
+            self._threads = threads
 
     def stop(self) -> None:
         """End the threads, and take the process off the list. Leases that are still kept expire by themselves."""
@@ -149,6 +156,8 @@ class Keeper:
         """Keep a lease alive whose request was sent at `sent_at_s`, by this keeper's clock."""
         kept = _Kept(lease, self.window.deadline(sent_at_s, lease.remaining.total_seconds()))
         with self._changed:
+            if self._stopping.is_set():
+                raise ConfigError("this registry is closed; make a new one")
             self._kept[lease.stream_id] = kept
             self._changed.notify_all()
 
@@ -204,15 +213,17 @@ class Keeper:
         """Renew everything once. Raises what the store raises; then nothing is known to have been extended."""
         with self._lock:
             leases = [kept.lease for kept in self._kept.values()]
-        if not self._enlisted:
+        owner = self._worker.worker_id
+        sent_at_s = self._clock()
+        renewal = self._send(lambda connection: operations.renew(connection, leases, owner=owner, ttl=self._ttl))
+        self._apply(renewal, {lease.stream_id: lease for lease in leases}, sent_at_s)
+        # The leases first: what follows may fail, and is tried again with the next beat.
+        if not renewal.worker_known:
             self._send(lambda connection: operations.enlist(connection, self._worker, ttl=self._ttl))
             self._enlisted = True
-        sent_at_s = self._clock()
-        renewal = self._send(
-            lambda connection: operations.renew(connection, leases, owner=self._worker.worker_id, ttl=self._ttl)
-        )
-        self._enlisted = renewal.worker_known
-        self._apply(renewal, {lease.stream_id: lease for lease in leases}, sent_at_s)
+        if self._beats % STRAYS_EVERY == 0:
+            self._send(lambda connection: operations.let_go_expired(connection, owner=owner))
+        self._beats += 1
 
     @property
     def _ttl(self) -> timedelta:
@@ -290,7 +301,8 @@ class Keeper:
             self.end_overdue()
             self._cut_hung_beat()
             with self._changed:
-                self._changed.wait(self._until_next_look_s())
+                if not self._stopping.is_set():
+                    self._changed.wait(self._until_next_look_s())
 
     def end_overdue(self) -> None:
         """End every lease whose deadline has passed."""
@@ -326,7 +338,7 @@ class Keeper:
     def _tell(self, callback: Callable[..., object], *args: Any) -> None:
         try:
             callback(*args)
-        except Exception:
+        except BaseException:  # a caller's mistake, or its sys.exit(), must not end the heartbeats
             logger.exception("a callback of %s failed", self._worker.worker_id)
 
 

@@ -203,12 +203,23 @@ def put_checkpoint(connection: Connection, lease: Lease, checkpoint: JSON) -> No
 
 
 def enlist(connection: Connection, worker: model.Worker, *, ttl: timedelta) -> None:
-    """Add the worker's row, live for `ttl`: its leases are its own to look after. A second call is harmless."""
+    """Add the worker's row, live for `ttl`: its leases are its own to look after. A second call extends it."""
     limits.owner(worker.worker_id)
     values = {f"its_{name}": value for name, value in asdict(worker).items()}
-    connection.execute(statements.ENLIST, {**values, "ttl": limits.ttl(ttl).total_seconds()})
+    ttl_s = limits.ttl(ttl).total_seconds()
+    if connection.execute(statements.ENLIST, {**values, "ttl": ttl_s}).one_or_none() is None:
+        connection.execute(statements.EXTEND_WORKER, {"holder": worker.worker_id, "ttl": ttl_s})
 
 
 def dismiss(connection: Connection, worker_id: str) -> None:
     """Delete the worker's row: whatever it still holds is anybody's when it expires. A second call is harmless."""
     connection.execute(delete(lease_workers).where(lease_workers.c.worker_id == worker_id))
+
+
+def let_go_expired(connection: Connection, *, owner: str) -> int:
+    """Free the rows in this owner's name that have expired; return how many. Others leave a live owner's rows to it.
+
+    Its sessions have ended before (trust is shorter than the lease), or it never knew of them: an operator moved
+    them here, or a claim's answer was lost. A row that somebody has locked is passed over.
+    """
+    return len(connection.execute(statements.LET_GO_EXPIRED, {"holder": limits.owner(owner)}).all())

@@ -34,7 +34,7 @@ from typing import Final, Self
 from sqlalchemy import Connection
 
 from leases import limits
-from leases.errors import LeaseHeld, LeaseLost, LeasesError, StaleToken
+from leases.errors import ConfigError, LeaseHeld, LeaseLost, LeasesError, OutcomeUnknown, StaleToken, StoreUnavailable
 from leases.keeper import Health, Keeper, Told
 from leases.model import DEFAULT_POOL, JSON, Appended, Event, Lease, Loss, Worker
 from leases.store import EventLog, LeaseStore
@@ -240,7 +240,8 @@ class SessionRegistry:
     def close(self) -> None:
         """Release every session and stop the heartbeats. A second call is harmless.
 
-        All are tried; the first failure is raised at the end. What could not be released expires by itself.
+        All are tried, unless the store is not there; the first failure is raised at the end. What could not be released
+        expires by itself.
         """
         failures: list[LeasesError] = []
         for session in self.sessions.values():
@@ -248,6 +249,8 @@ class SessionRegistry:
                 session.close()
             except LeasesError as error:
                 failures.append(error)
+                if isinstance(error, StoreUnavailable | OutcomeUnknown):
+                    break  # it would be so for each of them, and each would try for long
         self.keeper.stop()
         if failures:
             raise failures[0]
@@ -264,9 +267,18 @@ class SessionRegistry:
 
     def _opened(self, lease: Lease, sent_at_s: float) -> StreamSession:
         session = StreamSession(self, lease)
+        displaced = self.sessions.get(lease.stream_id)
+        if displaced is not None:  # its lease had ended, and we are the first to know
+            self.keeper.lose(displaced.lease, Loss.TAKEN)
         with self._lock:
             self._sessions[lease.stream_id] = session
-        self.keeper.hold(lease, sent_at_s)
+        try:
+            self.keeper.hold(lease, sent_at_s)
+        except ConfigError:  # closed while we waited for the lease
+            with self._lock:
+                self._sessions.pop(lease.stream_id, None)
+            self.store.release(lease)
+            raise
         _log(logging.INFO, "granted", lease)
         self._tell(self._on_granted, session)
         return session
@@ -274,6 +286,8 @@ class SessionRegistry:
     def _close(self, session: StreamSession, checkpoint: JSON) -> None:
         if self.keeper.inherited:
             return
+        if checkpoint is not None:
+            limits.document("checkpoint", checkpoint)
         with self._lock:
             if session._closed:
                 return

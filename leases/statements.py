@@ -62,7 +62,9 @@ AT_MOST: ColumnElement[int] = bindparam("at_most", type_=Integer)
 LIVE = and_(leases.c.owner.is_not(None), leases.c.expires_at > now())
 """Held and unexpired: at `expires_at == now` a lease has expired."""
 
-LONGEST: ColumnElement[float] = literal_column(str(limits.MAX_TTL.total_seconds()))
+LONGEST: ColumnElement[float] = literal_column(str(limits.MAX_TTL.total_seconds() + 3600))
+"""No lease ends later than this from now, in seconds. An hour more than the greatest TTL: a statement that began before
+a grant was made sees it end a little later than its own now + TTL."""
 
 EXPIRED = or_(
     leases.c.expires_at <= now(),
@@ -284,13 +286,21 @@ def _enlist() -> Any:
         {name: bindparam(f"its_{name}", type_=lease_workers.c[name].type) for name in columns}
         | {"started_at": now(), "expires_at": later(TTL)}
     )
-    return build.on_conflict_do_update(
-        index_elements=[lease_workers.c.worker_id], set_={"expires_at": build.excluded.expires_at}
-    )
+    return build.on_conflict_do_nothing(index_elements=[lease_workers.c.worker_id]).returning(lease_workers.c.worker_id)
 
 
 ENLIST = _enlist()
-"""Insert the worker's row, or extend it where it is there."""
+"""Insert the worker's row. One that is there, perhaps locked, is left alone: this waits for nobody."""
+
+_OWN_ROW = (
+    select(lease_workers.c.worker_id)
+    .where(lease_workers.c.worker_id == HOLDER)
+    .with_for_update(key_share=True, skip_locked=True)
+    .scalar_subquery()
+)
+
+EXTEND_WORKER = update(lease_workers).where(one_of(lease_workers.c.worker_id, _OWN_ROW)).values(expires_at=later(TTL))
+"""Extend the worker's row where it is there, and nobody has locked it."""
 
 
 @cache
@@ -304,6 +314,19 @@ def look(dialect: str) -> Select[Any]:
         leases.c.fencing_token.label("current_token"),
         func.coalesce(leases.c.expires_at > now(), literal(False)).label("live"),
     ).select_from(asked.outerjoin(leases, leases.c.stream_id == asked.c.stream_id))
+
+
+# --- strays ----------------------------------------------------------------------------------------------------
+
+_STRAY = _locked(select(leases.c.stream_id).where(leases.c.owner == HOLDER, EXPIRED), "stray")
+
+LET_GO_EXPIRED = (
+    update(leases)
+    .where(one_of(leases.c.stream_id, select(_STRAY.c.stream_id).scalar_subquery()))
+    .values(owner=None, expires_at=None, available_at=now())
+    .returning(leases.c.stream_id)
+)
+"""Free what has expired in one owner's name."""
 
 
 # --- release ---------------------------------------------------------------------------------------------------

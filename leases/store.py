@@ -26,6 +26,7 @@ from tenacity import Retrying
 
 from leases import administration, events, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_engine, describe
+from leases.errors import LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
@@ -110,8 +111,10 @@ class LeaseStore:
         """
         begin = Retrying(**retry_options(self.retry_for)).wraps(self._begin_fenced)
         connection, transaction = begin(leases)
-        with connection:
-            yield connection  # what the block raises rolls back, at the end of `with`
+        # Within `with transaction` a commit or rollback of the block's own ends all that it may do: no statement
+        # begins another transaction, which nobody would have fenced.
+        with connection, transaction:
+            yield connection
             with committing(self.url):
                 transaction.commit()
 
@@ -126,9 +129,19 @@ class LeaseStore:
                 raise
 
     def _retried(self, call: Call[R], options: Options) -> R:
-        for attempt in Retrying(**retry_options(self.retry_for)):
-            with attempt:
-                return self._once(call, attempt.retry_state.attempt_number, options)
+        unknown: OutcomeUnknown | None = None
+        try:
+            for attempt in Retrying(**retry_options(self.retry_for)):
+                with attempt:
+                    try:
+                        return self._once(call, attempt.retry_state.attempt_number, options)
+                    except OutcomeUnknown as error:
+                        unknown = error
+                        raise
+        except LeaseNotHeld:
+            if unknown is not None:  # this try was refused, but an earlier one may have been accepted
+                raise unknown from None
+            raise
         raise AssertionError("tenacity returns or raises")
 
     def _once(self, call: Call[R], attempt: int, options: Options) -> R:

@@ -157,6 +157,7 @@ class Watch:
     def __init__(self, step: Wait) -> None:
         self.step = step
         self.blockers: list[Blocker] = []
+        self.over = False
         # Late enough to find those who block for long, early enough to be back in time.
         self.delay_s = min(0.3, step.timeout_s / 4) if step.force else step.timeout_s * 0.75
 
@@ -174,11 +175,12 @@ class Watch:
         try:
             return self.step.call(connection, attempt)
         finally:
+            self.over = True
             cancel()
 
     def _look(self, connection: Connection, pid: int) -> None:
         self.blockers = views.blockers(connection, pid)
-        if self.step.force:
+        if self.step.force and not self.over:
             administration.terminate(connection, [blocker.pid for blocker in self.blockers])
 
     @property
@@ -213,6 +215,11 @@ class RunsAsync(Protocol):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def repeatable(value: Any) -> Any:
+    """An argument that a second attempt finds as the first one did: an iterator is read once, before both."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
 def as_method(function: Callable[..., Any]) -> Callable[[F], F]:
     """Do what `functools.wraps` does, but show the signature that a caller sees.
 
@@ -240,7 +247,9 @@ def method(
 
     @as_method(operation)
     def run(store: Runs, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return store.run(lambda connection: operation(connection, *args, **kwargs), read_only=read_only)
+        given: Any = [repeatable(value) for value in args]
+        named: Any = {name: repeatable(value) for name, value in kwargs.items()}
+        return store.run(lambda connection: operation(connection, *given, **named), read_only=read_only)
 
     return run
 
@@ -252,7 +261,9 @@ def amethod(
 
     @as_method(operation)
     async def run(store: RunsAsync, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await store.run(lambda connection: operation(connection, *args, **kwargs), read_only=read_only)
+        given: Any = [repeatable(value) for value in args]
+        named: Any = {name: repeatable(value) for name, value in kwargs.items()}
+        return await store.run(lambda connection: operation(connection, *given, **named), read_only=read_only)
 
     return run
 

@@ -326,6 +326,63 @@ def test_a_child_process_holds_nothing(registry: SessionRegistry, monkeypatch: p
     assert session.append({"e": 1}).count == 1
 
 
+def test_a_session_that_is_opened_anew_before_it_was_lost_is_told(
+    registry: SessionRegistry, store: LeaseStore, seen: Seen
+) -> None:
+    first = registry.open("s")
+    store.expire("s", actor="operator")
+    second = registry.open("s")  # and no heartbeat has told the first
+    assert first.lost.is_set()
+    assert first.stopping.is_set()
+    assert seen.lost == [("s", Loss.TAKEN)]
+    assert registry.sessions == {"s": second}
+    assert not second.lost.is_set()
+
+
+def test_a_locked_worker_row_costs_no_lease(postgresql_url: str, clock: Clock) -> None:
+    with LeaseStore(postgresql_url) as store, SessionRegistry(store, owner="me", ttl=TTL, clock=clock) as registry:
+        session = registry.open("s")
+        assert wait_for(lambda: bool(store.workers()))
+        with store.engine.begin() as connection:
+            connection.execute(text("SELECT 1 FROM lease_workers FOR UPDATE"))
+            before = session.remaining()
+            for _ in range(3):
+                clock.now_s += 1
+                registry.keeper.beat()
+                assert session.remaining() == before
+
+
+def test_what_expired_in_a_live_workers_name_returns_to_the_fleet(registry: SessionRegistry, store: LeaseStore) -> None:
+    # An operator moved it here, and this process never knew: nobody else may claim a live owner's rows.
+    store.register(["stray"])
+    lease = store.steal("stray", to="me", ttl=timedelta(milliseconds=10), actor="operator")
+    assert wait_for(lambda: not store.get("stray").live)  # type: ignore[union-attr]
+    assert store.claim(owner="other", ttl=TTL, limit=1) == []
+    for _ in range(3):
+        registry.keeper.beat()
+    claimed = store.claim(owner="other", ttl=TTL, limit=1)
+    assert [grant.fencing_token for grant in claimed] == [lease.fencing_token + 1]
+
+
+def test_a_checkpoint_that_cannot_be_stored_leaves_the_session_open(registry: SessionRegistry) -> None:
+    session = registry.open("s")
+    with pytest.raises(ConfigError, match="checkpoint"):
+        session.close(checkpoint={1, 2})
+    assert not session.lost.is_set()
+    session.close(checkpoint=5)
+
+
+def test_a_lease_that_comes_after_the_close_is_let_go(registry: SessionRegistry, store: LeaseStore) -> None:
+    lease = store.acquire("s", owner="me", ttl=TTL)
+    assert lease is not None
+    registry.close()
+    with pytest.raises(ConfigError, match="closed"):
+        registry._opened(lease, 0.0)
+    info = store.get("s")
+    assert info is not None
+    assert info.owner is None
+
+
 # --- with threads and real time --------------------------------------------------------------------------------
 
 

@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import InvalidRequestError
 
-from leases import AsyncLeaseStore, EventLog, LeaseStore, SessionRegistry, StaleToken, fence
+from leases import (
+    AsyncLeaseStore,
+    Event,
+    EventLog,
+    LeaseStore,
+    OutcomeUnknown,
+    SessionRegistry,
+    StaleToken,
+    StoreUnavailable,
+    fence,
+)
 
 TTL = timedelta(seconds=15)
 
@@ -62,3 +74,95 @@ def test_a_connection_that_died_in_the_pool_is_replaced_before_the_fence(postgre
         )
         with store.fenced(lease) as connection:
             assert connection.execute(text("SELECT 1")).scalar_one() == 1
+
+
+@pytest.mark.parametrize("after_commit", [False, True])
+def test_events_from_a_generator_survive_a_second_attempt(
+    store: LeaseStore, monkeypatch: pytest.MonkeyPatch, after_commit: bool
+) -> None:
+    lease = store.acquire("s", owner="me", ttl=TTL)
+    assert lease is not None
+    real = store._once
+    tries: list[int] = []
+
+    def once(call: Any, attempt: int, options: Any) -> Any:
+        tries.append(attempt)
+        if attempt > 1:
+            return real(call, attempt, options)
+        if after_commit:
+            real(call, attempt, options)
+            raise OutcomeUnknown("the answer is lost")
+
+        def broken(connection: Connection, attempt: int) -> None:
+            call(connection, attempt)
+            raise StoreUnavailable("the connection broke")
+
+        return real(broken, attempt, options)
+
+    monkeypatch.setattr(store, "_once", once)
+    EventLog(store).append(lease, (Event(f"e{n}", n) for n in range(3)), checkpoint=3)
+    monkeypatch.undo()
+    assert tries == [1, 2]
+    assert [recorded.event_id for recorded in EventLog(store).read("s")] == ["e0", "e1", "e2"]
+
+
+def test_an_append_that_may_have_been_accepted_is_not_said_to_be_refused(
+    store: LeaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = store.acquire("s", owner="me", ttl=TTL)
+    assert lease is not None
+    real = store._once
+    tries: list[int] = []
+
+    def once(*args: Any) -> Any:
+        answer = real(*args)
+        if not tries:  # committed, but the answer is lost; and before the next try the lease is stolen
+            tries.append(1)
+            with monkeypatch.context() as patched:
+                patched.setattr(store, "_once", real)
+                store.steal("s", to="other", ttl=TTL, actor="operator")
+            raise OutcomeUnknown("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(store, "_once", once)
+    with pytest.raises(OutcomeUnknown):
+        EventLog(store).append(lease, {"e": 1})
+    monkeypatch.undo()
+    assert len(EventLog(store).read("s")) == 1
+
+
+def test_a_fenced_block_that_commits_itself_can_write_nothing_more(store: LeaseStore) -> None:
+    lease = store.acquire("s", owner="me", ttl=TTL)
+    assert lease is not None
+    store.run(lambda connection: connection.execute(text("CREATE TABLE results (n integer)")))
+
+    def work() -> None:
+        with store.fenced(lease) as connection:
+            connection.execute(text("INSERT INTO results VALUES (1)"))
+            connection.commit()
+            connection.execute(text("INSERT INTO results VALUES (2)"))
+
+    with pytest.raises(InvalidRequestError):
+        work()
+    rows = store.run(lambda connection: connection.execute(text("SELECT n FROM results")).scalars().all())
+    assert rows == [1]
+
+
+def test_an_async_fenced_block_that_commits_itself_can_write_nothing_more(url: str) -> None:
+    async def work() -> None:
+        async with AsyncLeaseStore(url) as store:
+            lease = await store.acquire("s", owner="me", ttl=TTL)
+            assert lease is not None
+            await store.run(lambda connection: connection.execute(text("CREATE TABLE results (n integer)")))
+
+            async def commit_and_go_on() -> None:
+                async with store.fenced(lease) as connection:
+                    await connection.commit()
+                    await connection.execute(text("INSERT INTO results VALUES (2)"))
+
+            with pytest.raises(InvalidRequestError):
+                await commit_and_go_on()
+            async with store.fenced(lease) as connection:
+                assert (await connection.execute(text("SELECT n FROM results"))).all() == []
+
+    asyncio.run(work())

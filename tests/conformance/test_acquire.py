@@ -54,8 +54,16 @@ def test_at_its_expiry_a_lease_has_expired(store: LeaseStore, clock: Clock) -> N
 
 def test_an_expiry_further_away_than_any_lease_is_a_clock_set_back(store: LeaseStore, clock: Clock) -> None:
     take(store, ttl=timedelta(hours=24))
-    clock.advance(-0.001)
+    clock.advance(-3600.001)
     assert take(store, owner="two").fencing_token == 2
+
+
+def test_the_longest_lease_is_not_free_for_a_statement_that_began_before_its_grant(
+    store: LeaseStore, clock: Clock
+) -> None:
+    take(store, ttl=timedelta(hours=24))
+    clock.advance(-1)
+    assert store.acquire("a", owner="two", ttl=TTL) is None
 
 
 def test_the_longest_lease_is_no_clock_set_back(store: LeaseStore, clock: Clock) -> None:
