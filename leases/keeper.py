@@ -38,7 +38,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection
 
-from leases import operations
+from leases import administration, operations
 from leases.engine import BUSY_OPTION, dedicated
 from leases.errors import ConfigError, LeasesError, SchemaOutdated
 from leases.model import Lease, Loss, Renewal, Worker
@@ -46,6 +46,9 @@ from leases.store import LeaseStore
 from leases.trust import Clock, Window, monotonic
 
 logger = logging.getLogger("leases")
+
+CLOSING_S = 5.0
+"""How long `stop` waits for each of what it cannot do by itself: a beat on its way, the database."""
 
 STRAYS_EVERY = 3
 """How many beats from one look for rows in our name that have expired unnoticed to the next: about one a TTL."""
@@ -146,11 +149,17 @@ class Keeper:
             self._changed.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=2 * self.window.interval_s + 1)
+                thread.join(min(self.window.interval_s, CLOSING_S))
+                self._cut_beat()  # the watch, which would have done so, may have ended first
+                thread.join(1)
         with suppress(LeasesError):  # its row expires by itself
             if self._enlisted:
-                self._store.dismiss(self._worker.worker_id)
+                self._store.run(self._dismiss)
         self._store.close()
+
+    def _dismiss(self, connection: Connection) -> None:
+        administration.bound(connection, CLOSING_S)
+        operations.dismiss(connection, self._worker.worker_id)
 
     def hold(self, lease: Lease, sent_at_s: float) -> None:
         """Keep a lease alive whose request was sent at `sent_at_s`, by this keeper's clock."""
@@ -322,8 +331,13 @@ class Keeper:
         return max(0.0, min(moments, default=self._clock() + 60) - self._clock())
 
     def _cut_hung_beat(self) -> None:
+        in_flight = self._in_flight
+        if in_flight is not None and self._clock() - in_flight[0] >= self.window.interval_s:
+            self._cut_beat()
+
+    def _cut_beat(self) -> None:
         with self._cutting:
-            if self._in_flight is None or self._clock() - self._in_flight[0] < self.window.interval_s:
+            if self._in_flight is None:
                 return
             connection = self._in_flight[1]
             self._in_flight = None

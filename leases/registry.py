@@ -33,7 +33,7 @@ from typing import Final, Self
 
 from sqlalchemy import Connection
 
-from leases import limits
+from leases import administration, limits, operations
 from leases.errors import ConfigError, LeaseHeld, LeaseLost, LeasesError, OutcomeUnknown, StaleToken, StoreUnavailable
 from leases.keeper import Health, Keeper, Told
 from leases.model import DEFAULT_POOL, JSON, Appended, Event, Lease, Loss, Worker
@@ -297,10 +297,16 @@ class SessionRegistry:
         held = self.keeper.drop(session.lease)
         session.stopping.set()
         # Also when it is lost: our row, if it is still ours, need not wait for its expiry now that the work has ended.
-        released = self.store.release(session.lease, checkpoint=checkpoint if held else None)
+        kept = checkpoint if held else None
+        released = self.store.run(lambda connection: self._release(connection, session.lease, kept))
         if released:
             _log(logging.INFO, "released", session.lease)
             self._tell(self._on_released, session)
+
+    def _release(self, connection: Connection, lease: Lease, checkpoint: JSON) -> bool:
+        # A row that somebody has locked holds us up no longer than its lease would last.
+        administration.bound(connection, self.ttl.total_seconds())
+        return operations.release(connection, lease, checkpoint=checkpoint)
 
     def _renewed(self, leases: Collection[Lease]) -> None:
         if self._on_renewed is not None:

@@ -23,6 +23,7 @@ from leases import (
     SchemaOutdated,
     SessionRegistry,
     StaleToken,
+    StoreError,
     StreamSession,
 )
 from leases import engine as engines
@@ -523,3 +524,25 @@ def test_a_registry_on_a_database_without_tables_says_so_at_once(empty_postgresq
     with LeaseStore(empty_postgresql_url) as store, SessionRegistry(store) as registry:
         with pytest.raises(SchemaOutdated, match="leases migrate"):
             registry.open("s")
+
+
+def test_a_registry_closes_also_when_nothing_can_be_written(postgresql_url: str, seen: Seen) -> None:
+    with LeaseStore(postgresql_url) as store:
+        registry = SessionRegistry(store, ttl=QUICK, on_renewed=seen.on_renewed)
+        registry.open("s")
+        assert seen.renewed_thrice.wait(SOON_S)
+        failures: list[str] = []
+
+        def close() -> None:
+            try:
+                registry.close()
+            except StoreError as error:
+                failures.append(str(error))
+
+        closing = threading.Thread(target=close)
+        with everything_locked(postgresql_url):
+            closing.start()
+            closing.join(SOON_S)
+            assert not closing.is_alive()
+        assert "statement timeout" in failures[0]
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("leases-")]
