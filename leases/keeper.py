@@ -223,13 +223,12 @@ class Keeper:
         with self._lock:
             leases = [kept.lease for kept in self._kept.values()]
         owner = self._worker.worker_id
+        if not self._enlisted:  # waits for nobody, whoever has locked the row
+            self._send(lambda connection: operations.enlist(connection, self._worker, ttl=self._ttl))
         sent_at_s = self._clock()
         renewal = self._send(lambda connection: operations.renew(connection, leases, owner=owner, ttl=self._ttl))
+        self._enlisted = renewal.worker_known
         self._apply(renewal, {lease.stream_id: lease for lease in leases}, sent_at_s)
-        # The leases first: what follows may fail, and is tried again with the next beat.
-        if not renewal.worker_known:
-            self._send(lambda connection: operations.enlist(connection, self._worker, ttl=self._ttl))
-            self._enlisted = True
         if self._beats % STRAYS_EVERY == 0:
             self._send(lambda connection: operations.let_go_expired(connection, owner=owner))
         self._beats += 1
