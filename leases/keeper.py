@@ -128,8 +128,7 @@ class Keeper:
         if not self._threads:
             self._store_given.run(lambda _: None, read_only=True)
         with self._lock:
-            if self._stopping.is_set():
-                raise ConfigError("this registry is closed; make a new one")
+            self._refuse_if_closed()
             if self._threads:
                 return
             threads = tuple(
@@ -165,10 +164,13 @@ class Keeper:
         """Keep a lease alive whose request was sent at `sent_at_s`, by this keeper's clock."""
         kept = _Kept(lease, self.window.deadline(sent_at_s, lease.remaining.total_seconds()))
         with self._changed:
-            if self._stopping.is_set():
-                raise ConfigError("this registry is closed; make a new one")
+            self._refuse_if_closed()
             self._kept[lease.stream_id] = kept
             self._changed.notify_all()
+
+    def _refuse_if_closed(self) -> None:
+        if self._stopping.is_set():
+            raise ConfigError("this registry is closed; make a new one")
 
     def drop(self, lease: Lease) -> bool:
         """Keep a lease no longer; False if it was not kept any more."""

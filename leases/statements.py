@@ -211,6 +211,14 @@ RENEWABLE = and_(leases.c.owner == HOLDER, leases.c.expires_at > now())
 ENDING: Label[Any] = func.coalesce(leases.c.paused_at, leases.c.retired_at).label("ending")
 
 
+_OWN_ROW = (
+    select(lease_workers.c.worker_id)
+    .where(lease_workers.c.worker_id == HOLDER)
+    .with_for_update(key_share=True, skip_locked=True)
+)
+"""The worker's own row, locked; nothing where somebody else has locked it."""
+
+
 @cache
 def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
     """Extend a batch of leases, and the worker's own row.
@@ -253,13 +261,7 @@ def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
         .returning(leases.c.stream_id, ENDING)
         .cte("renewed")
     )
-    own = (
-        select(lease_workers.c.worker_id)
-        .where(lease_workers.c.worker_id == HOLDER)
-        .with_for_update(key_share=True, skip_locked=True)
-        .cte("own")
-        .prefix_with("MATERIALIZED")
-    )
+    own = _OWN_ROW.cte("own").prefix_with("MATERIALIZED")
     worker = (
         _beat().where(lease_workers.c.worker_id == own.c.worker_id).returning(lease_workers.c.worker_id).cte("worker")
     )
@@ -292,14 +294,11 @@ def _enlist() -> Any:
 ENLIST = _enlist()
 """Insert the worker's row. One that is there, perhaps locked, is left alone: this waits for nobody."""
 
-_OWN_ROW = (
-    select(lease_workers.c.worker_id)
-    .where(lease_workers.c.worker_id == HOLDER)
-    .with_for_update(key_share=True, skip_locked=True)
-    .scalar_subquery()
+EXTEND_WORKER = (
+    update(lease_workers)
+    .where(one_of(lease_workers.c.worker_id, _OWN_ROW.scalar_subquery()))
+    .values(expires_at=later(TTL))
 )
-
-EXTEND_WORKER = update(lease_workers).where(one_of(lease_workers.c.worker_id, _OWN_ROW)).values(expires_at=later(TTL))
 """Extend the worker's row where it is there, and nobody has locked it."""
 
 
