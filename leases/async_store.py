@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
-from leases import administration, events, migrate, operations, recipes, views
+from leases import administration, events, fleet, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
@@ -206,8 +206,10 @@ class AsyncLeaseStore:
     claim = _arecipe(recipes.claim)
     renew = amethod(operations.renew)
     release = amethod(operations.release)
-    enlist = amethod(operations.enlist)
-    dismiss = amethod(operations.dismiss)
+    release_all = amethod(operations.release_all)
+    enlist = amethod(fleet.enlist)
+    dismiss = amethod(fleet.dismiss)
+    drain = amethod(fleet.drain)
     expire = _arecipe(recipes.expire)
     steal = _arecipe(recipes.steal)
     pause = amethod(administration.pause)

@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
-from leases import administration, events, migrate, operations, recipes, views
+from leases import administration, events, fleet, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_engine, describe
 from leases.errors import LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
@@ -205,8 +205,10 @@ class LeaseStore:
     claim = _recipe(recipes.claim)
     renew = method(operations.renew)
     release = method(operations.release)
-    enlist = method(operations.enlist)
-    dismiss = method(operations.dismiss)
+    release_all = method(operations.release_all)
+    enlist = method(fleet.enlist)
+    dismiss = method(fleet.dismiss)
+    drain = method(fleet.drain)
     expire = _recipe(recipes.expire)
     steal = _recipe(recipes.steal)
     pause = method(administration.pause)
