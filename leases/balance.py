@@ -11,6 +11,9 @@ From T both follow: who holds less than its target claims, who holds more sheds.
 never a live lease of a peer; and only what is above a target is shed, so that each stream moves once, and as few as
 possible.
 
+One who is to have a stream may not come for it: it has just died, or stands still, and its row is live for a while yet.
+So what has been free for longer than a poll (*overdue*) is anybody's, each taking its part of it beyond the target.
+
 Two things make it settle at once, and then stand still. A view is of *one moment*: a worker's count is written by the
 transaction that changes it (`fleet.report`), so that a stream on its way from one worker to the next is in T once, be
 the view fresh or old. And the rule is the same for all: from the same view, the targets of all workers add up to T.
@@ -18,9 +21,10 @@ the view fresh or old. And the rule is the same for all: from the same view, the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, fsum
+from math import ceil, floor, fsum
 
 ENOUGH = 50_000
 """So many available streams are counted at least, where somebody could take them: see `View.counted_all`."""
@@ -39,13 +43,14 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A pool at one moment: its live workers, and how many streams anybody could claim.
+    """A pool at one moment: its live workers, and how many streams anybody could claim, some of them for too long.
 
     Available streams are counted no further than is worth it; then `counted_all` is False, and there are more.
     """
 
     workers: Sequence[Peer]
     available: int
+    overdue: int = 0
     counted_all: bool = True
 
     @property
@@ -76,11 +81,24 @@ def plan(me: str, view: View, *, held: int, leaving: int = 0) -> Plan:
     keep = target
     if not (view.counted_all or own.draining):
         keep = held if own.capacity is None else own.capacity
+    wanted = max(target - held, min(_part(view, own), room(own, held)))
     return Plan(
-        claim=max(0, min(target - held, view.available)),
+        claim=max(0, min(wanted, view.available)),
         shed=max(0, held - leaving - keep),
         target=target,
     )
+
+
+def _part(view: View, own: Peer) -> int:
+    """One worker's part of what nobody has come for."""
+    if own.draining or not view.overdue:
+        return 0
+    return ceil(view.overdue * own.weight / fsum(peer.weight for peer in view.workers if not peer.draining))
+
+
+def room(own: Peer, held: int) -> int:
+    """How many more streams a worker can take."""
+    return sys.maxsize if own.capacity is None else own.capacity - held
 
 
 def targets(view: View) -> Mapping[str, int]:

@@ -27,7 +27,6 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
-    Boolean,
     ColumnElement,
     Connection,
     Double,
@@ -45,6 +44,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType
 
 from leases.errors import ConfigError
 from leases.model import Ending, Lease
@@ -203,14 +203,15 @@ def _(element: notified, compiler: SQLCompiler, **kw: Any) -> str:
     return "NULL"
 
 
-class one_of(FunctionElement[bool]):
+class one_of(FunctionElement[Any]):
     """`one_of(column, select)`: the column's value is among the rows, of which there are few.
 
     PostgreSQL's planner takes `= ANY (ARRAY(…))` for ten rows, and so uses the index on the column; an `IN` over a
-    batch of unknown size may scan the whole table.
+    batch of unknown size may scan the whole table. No Boolean: SQLAlchemy would ask SQLite for `(c IN (rows)) = 1`, for
+    which no index is used.
     """
 
-    type = Boolean()
+    type = NullType()
     inherit_cache = True
 
 

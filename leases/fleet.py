@@ -16,6 +16,7 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Double,
     Select,
     Text,
     and_,
@@ -27,6 +28,8 @@ from sqlalchemy import (
     literal,
     not_,
     select,
+    true,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql
@@ -96,16 +99,16 @@ def drain(connection: Connection, worker_id: str) -> bool:
     return connection.execute(DRAIN, {"holder": limits.owner(worker_id)}).one_or_none() is not None
 
 
-def observe(connection: Connection, pool: str, worker_id: str, *, count_up_to: int) -> View:
-    """See a pool as it is at one moment: its live workers, and how many streams could be claimed.
+def observe(connection: Connection, pool: str, worker_id: str, *, count_up_to: int, patience_s: float) -> View:
+    """See a pool as it is at one moment: its live workers, and how many streams could be claimed, or for longer.
 
     One statement; costs O(workers + owners + streams counted), however many leases there are.
     """
-    values = {"in_pool": pool, "holder": worker_id, "at_most": count_up_to}
+    values = {"in_pool": pool, "holder": worker_id, "at_most": count_up_to, "patience": -patience_s}
     rows = connection.execute(OBSERVE, values).all()
-    peers = [Peer(row.worker_id, row.lease_count, row.weight, row.capacity, row.state == DRAINING) for row in rows]
-    available = min(rows[0].available, count_up_to) if rows else 0
-    return View(peers, available, available < count_up_to)
+    peers = [Peer(name, held, weight, capacity, state == DRAINING) for name, held, weight, capacity, state, *_ in rows]
+    available, overdue = rows[0][-2:] if rows else (0, 0)
+    return View(peers, available, overdue, counted_all=available < count_up_to)
 
 
 # --- what is found in one's own name -----------------------------------------------------------------------------
@@ -151,7 +154,7 @@ _ITS = {name: bindparam(f"its_{name}", type_=lease_workers.c[name].type) for nam
 
 ENLIST = (
     postgresql.insert(lease_workers)
-    .values(_ITS | {"started_at": now(), "expires_at": later(TTL)})
+    .values(_ITS | {"started_at": now(), "expires_at": later(TTL), "beaten_at": now()})
     .on_conflict_do_nothing(index_elements=[lease_workers.c.worker_id])
     .returning(lease_workers.c.worker_id)
 )
@@ -175,6 +178,7 @@ def _enlist_again() -> Any:
                 "state": kept(columns.state, literal(ACTIVE)),
                 "lease_count": kept(columns.lease_count, literal(0)),
                 "expires_at": later(TTL),
+                "beaten_at": now(),
             }
         )
     )
@@ -193,22 +197,24 @@ DRAIN = (
 )
 
 
-def _count(rows: Select[Any]) -> ColumnElement[int]:
-    return select(func.count()).select_from(rows.limit(AT_MOST).subquery()).scalar_subquery()
-
-
-OBSERVE = (
-    select(
-        lease_workers.c.worker_id,
-        lease_workers.c.lease_count,
-        lease_workers.c.weight,
-        lease_workers.c.capacity,
-        lease_workers.c.state,
-        (_count(free_rows().order_by(None)) + _count(left_behind())).label("available"),
+def _observe() -> Select[Any]:
+    free = free_rows().order_by(None).limit(AT_MOST).subquery("free")
+    left = left_behind().limit(AT_MOST).subquery("left")
+    there = union_all(select(free.c.since), select(left.c.since)).subquery("there")
+    counted = select(
+        func.count().label("available"),
+        func.count().filter(there.c.since <= later(bindparam("patience", type_=Double))).label("overdue"),
+    ).subquery("counted")
+    columns = lease_workers.c
+    return (
+        select(columns.worker_id, columns.lease_count, columns.weight, columns.capacity, columns.state, *counted.c)
+        .select_from(lease_workers.join(counted, true()))
+        .where(columns.pool == bindparam("in_pool", type_=Text), ALIVE)
+        .order_by(columns.worker_id)
     )
-    .where(lease_workers.c.pool == bindparam("in_pool", type_=Text), ALIVE)
-    .order_by(lease_workers.c.worker_id)
-)
+
+
+OBSERVE = _observe()
 
 
 @cache

@@ -183,7 +183,10 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A row of the fleet, as an observer sees it at `seen_at` (the database's clock)."""
+    """A row of the fleet, as an observer sees it at `seen_at` (the database's clock).
+
+    `lease_count` is how many leases the worker says that it holds; `beaten_at` when its last heartbeat was.
+    """
 
     worker_id: str
     host: str
@@ -196,6 +199,7 @@ class WorkerInfo:
     capacity: int | None
     weight: float
     lease_count: int
+    beaten_at: datetime | None
     seen_at: datetime
 
     @property

@@ -107,7 +107,7 @@ def claim(
     if not granted and limit:
         granted = connection.execute(statements.CLAIM_FREE, values).all()
     if granted and held is not None:
-        report(connection, owner, held=held + len(granted), ttl=ttl)
+        report(connection, owner, held=held + len(granted))
     return sorted((as_lease(row) for row in granted), key=lambda lease: lease.stream_id)
 
 
@@ -125,9 +125,9 @@ def as_lease(row: Row[Any]) -> Lease:
     )
 
 
-def report(connection: Connection, worker_id: str, *, held: int, ttl: timedelta) -> None:
-    """Tell how many leases a worker holds, in its row, if it has one; like a heartbeat it also extends that row."""
-    connection.execute(statements.REPORT, {"holder": worker_id, "held": held, "ttl": ttl.total_seconds()})
+def report(connection: Connection, worker_id: str, *, held: int) -> None:
+    """Tell how many leases a worker holds, in its row, if it has one. Does not extend the row."""
+    connection.execute(statements.REPORT, {"holder": worker_id, "held": held})
 
 
 def renew(
@@ -156,7 +156,7 @@ def renew(
     else:
         missed = given.keys() - {row.stream_id for row in answer}
         strays = frozenset(row.stream_id for row in connection.execute(statements.strays(dialect), values))
-        worker_known = connection.execute(statements.REPORT, values).rowcount == 1
+        worker_known = connection.execute(statements.OWN_BEAT, values).rowcount == 1
     # One whose grant is gone by now may be there as a stray, under a later token.
     ending = frozenset(row.stream_id for row in answer if row.stream_id is not None and row.ending)
     lost = _losses(connection, [given[stream_id] for stream_id in missed]) if missed else {}
@@ -204,9 +204,7 @@ def release(
     return connection.execute(statements.RELEASE, values).one_or_none() is not None
 
 
-def release_all(
-    connection: Connection, endings: Iterable[Ending], *, owner: str, held: int | None = None, ttl: timedelta
-) -> set[str]:
+def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str, held: int | None = None) -> set[str]:
     """Let a batch of one owner's leases go, in one statement; return the streams of those that were.
 
     As `release` for each, but that a row which somebody has locked is left out: it stays the owner's, and expires. With
@@ -220,7 +218,7 @@ def release_all(
     values = {**dialects.endings_given(dialect, given), "holder": limits.owner(owner)}
     released = {row.stream_id for row in connection.execute(statements.release_all(dialect), values)}
     if held is not None:
-        report(connection, owner, held=held, ttl=ttl)
+        report(connection, owner, held=held)
     return released
 
 

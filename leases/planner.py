@@ -40,6 +40,9 @@ logger = logging.getLogger("leases")
 BATCH = 500
 """How many streams one statement claims at the most."""
 
+PATIENCE = 1.5
+"""Polls after which a free stream is anybody's: whoever is to have it would have come for it by then."""
+
 BURY_EVERY_S = 300.0
 DEAD_FOR = timedelta(minutes=10)
 """Rows of workers that have been dead for so long, and hold nothing, are deleted from time to time."""
@@ -358,15 +361,14 @@ class Planner:
 
     def _observe(self, held: int) -> View:
         up_to = self._count_up_to(held)
-        owner, pool, ttl = self.registry.owner, self.registry.pool, self.registry.ttl
+        owner, pool, patience_s = self.registry.owner, self.registry.pool, PATIENCE * self._terms.poll_s
+        observe = partial(fleet.observe, pool=pool, worker_id=owner, count_up_to=up_to, patience_s=patience_s)
         if held == self._reported:
-            return self._line.run(
-                lambda connection: fleet.observe(connection, pool, owner, count_up_to=up_to), read_only=True
-            )
+            return self._line.run(observe, read_only=True)
 
         def report_and_observe(connection: Connection) -> View:
-            operations.report(connection, owner, held=held, ttl=ttl)
-            return fleet.observe(connection, pool, owner, count_up_to=up_to)
+            operations.report(connection, owner, held=held)
+            return observe(connection)
 
         view = self._line.run(report_and_observe)
         self._reported = held

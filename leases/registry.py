@@ -218,9 +218,7 @@ class SessionRegistry:
         self._end(endings)
         held = self.keeper.held_but(session.lease for session in endings)
         released = line.run(
-            lambda connection: operations.release_all(
-                connection, endings.values(), owner=self.owner, held=held, ttl=self.ttl
-            )
+            lambda connection: operations.release_all(connection, endings.values(), owner=self.owner, held=held)
         )
         for session in endings:
             self.keeper.gone(session.lease)

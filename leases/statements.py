@@ -154,16 +154,16 @@ CLAIMED_BEFORE = select(*GRANTED).where(leases.c.owner == HOLDER, leases.c.claim
 
 
 def free_rows() -> Select[Any]:
-    """The streams of a pool that nobody holds and anybody may, those that have been free longest first."""
+    """The streams of a pool that nobody holds and anybody may, those that have been free longest first; since when."""
     return (
-        select(leases.c.stream_id)
+        select(leases.c.stream_id, leases.c.available_at.label("since"))
         .where(leases.c.pool == IN_POOL, leases.c.owner.is_(None), OPEN, leases.c.available_at <= now())
         .order_by(leases.c.available_at, leases.c.stream_id)
     )
 
 
 def left_behind() -> Select[Any]:
-    """The streams of a pool whose lease has expired, and whose owner is not there any more.
+    """The streams of a pool whose lease has expired, and whose owner is not there any more; since when.
 
     The owners are found by one index look-up each: nothing here reads all leases. A live worker looks after its own
     rows; the one who asks (`HOLDER`) is that worker for its own.
@@ -174,7 +174,7 @@ def left_behind() -> Select[Any]:
     owners = owners.union_all(select(following).where(owners.c.owner.is_not(None)))
     alive = exists().where(lease_workers.c.worker_id == owners.c.owner, ALIVE)
     dead = select(owners.c.owner).where(owners.c.owner.is_not(None), or_(owners.c.owner == HOLDER, not_(alive)))
-    return select(leases.c.stream_id).where(
+    return select(leases.c.stream_id, leases.c.expires_at.label("since")).where(
         one_of(leases.c.owner, dead.scalar_subquery()), leases.c.pool == IN_POOL, OPEN, EXPIRED
     )
 
@@ -237,10 +237,15 @@ OWN_ROW = (
 
 HELD: ColumnElement[int] = bindparam("held", type_=Integer)
 
-BEAT = update(lease_workers).values(expires_at=later(TTL), lease_count=func.coalesce(HELD, lease_workers.c.lease_count))
+BEAT = update(lease_workers).values(
+    expires_at=later(TTL), beaten_at=now(), lease_count=func.coalesce(HELD, lease_workers.c.lease_count)
+)
 
-REPORT = BEAT.where(lease_workers.c.worker_id == HOLDER)
-"""How many leases the worker holds, told by the transaction that changes it; or by a heartbeat, on SQLite."""
+OWN_BEAT = BEAT.where(lease_workers.c.worker_id == HOLDER)
+"""The worker's own row alone: what a heartbeat does on SQLite beside its leases."""
+
+REPORT = update(lease_workers).where(lease_workers.c.worker_id == HOLDER).values(lease_count=HELD)
+"""How many leases the worker holds, told by the transaction that changes it. Only a heartbeat extends the row."""
 
 
 def _locked_by_key(asked: FromClause, *conditions: ColumnElement[bool]) -> CTE:
@@ -360,7 +365,7 @@ def release_all(dialect: str) -> ReturningUpdate[Any]:
         .where(
             leases.c.stream_id == locked.c.stream_id,
             leases.c.fencing_token == locked.c.fencing_token,
-            leases.c.owner == HOLDER,
+            func.coalesce(leases.c.owner, "") == HOLDER,  # not by the index on owner, here too
         )
         .returning(*_LET_GO)
     )

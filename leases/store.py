@@ -68,7 +68,7 @@ class LeaseStore:
 
     >>> store = LeaseStore("sqlite://")
     >>> store.migrate()
-    (None, '0001')
+    (None, '0002')
     >>> lease = store.acquire("orders/7", owner="worker-1", ttl=timedelta(seconds=15))
     >>> lease.fencing_token
     1

@@ -32,7 +32,7 @@ class Fleet:
             Peer(name, len(held), self.terms[name].weight, self.terms[name].capacity, self.terms[name].draining)
             for name, held in sorted(self.held.items())
         ]
-        return View(peers, count, count == len(self.free))
+        return View(peers, count, counted_all=count == len(self.free))
 
     def join(self, name: str, weight: float = 1.0, capacity: int | None = None) -> None:
         self.held[name] = []
