@@ -261,6 +261,14 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
+class Released:
+    """What became of a batch that was to be let go, by stream_id: `locked` ones are still held, all others are not."""
+
+    released: frozenset[str]
+    locked: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Renewal:
     """The answer to a heartbeat: only what went otherwise than hoped, by stream_id.
 

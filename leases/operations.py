@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row
 
 from leases import dialects, limits, statements
 from leases.fencing import fence, named
-from leases.model import DEFAULT_POOL, JSON, Ending, Lease, Loss, Renewal
+from leases.model import DEFAULT_POOL, JSON, Ending, Lease, Loss, Released, Renewal
 
 
 def register(connection: Connection, stream_ids: Iterable[str], *, pool: str = DEFAULT_POOL) -> int:
@@ -204,11 +204,12 @@ def release(
     return connection.execute(statements.RELEASE, values).one_or_none() is not None
 
 
-def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str, held: int | None = None) -> set[str]:
-    """Let a batch of one owner's leases go, in one statement; return the streams of those that were.
+def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str, held: int | None = None) -> Released:
+    """Let a batch of one owner's leases go, in one statement.
 
-    As `release` for each, but that a row which somebody has locked is left out: it stays the owner's, and expires. With
-    `held`, how many leases the owner then holds, its row in `lease_workers` tells so in the same moment.
+    As `release` for each, but that it waits for no row: one that somebody has locked, be it the owner's own heartbeat,
+    is named in the answer, and still the owner's: try again. With `held`, how many leases the owner will hold when all
+    are released, its row in `lease_workers` tells its count in the same moment.
     """
     dialect = dialects.name_of(connection)
     given = list(endings)
@@ -216,10 +217,12 @@ def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str
         if ending.error is not None:
             limits.text("error", ending.error)
     values = {**dialects.endings_given(dialect, given), "holder": limits.owner(owner)}
-    released = {row.stream_id for row in connection.execute(statements.release_all(dialect), values)}
+    released = frozenset(row.stream_id for row in connection.execute(statements.release_all(dialect), values))
+    missed = [ending.lease for ending in given if ending.lease.stream_id not in released]
+    locked = {lease.stream_id for lease in missed} - _losses(connection, missed).keys() if missed else frozenset()
     if held is not None:
-        report(connection, owner, held=held)
-    return released
+        report(connection, owner, held=held + len(locked))
+    return Released(released, frozenset(locked))
 
 
 def recover(connection: Connection, lease: Lease) -> bool:

@@ -43,6 +43,9 @@ BATCH = 500
 PATIENCE = 1.5
 """Polls after which a free stream is anybody's: whoever is to have it would have come for it by then."""
 
+RELEASE_AGAIN_S = 0.02
+"""How soon a release is tried again whose row was locked: most often by the worker's own heartbeat, for a moment."""
+
 BURY_EVERY_S = 300.0
 DEAD_FOR = timedelta(minutes=10)
 """Rows of workers that have been dead for so long, and hold nothing, are deleted from time to time."""
@@ -199,6 +202,8 @@ class Planner:
         moments = [self._plan_at_s if not self.draining else now_s + self._terms.poll_s]
         with self._lock:
             moments += [run.stop_by_s for run in self._runs.values() if run.stop_by_s is not None and not run.abandoned]
+        if self._owed:
+            moments.append(now_s + RELEASE_AGAIN_S)
         if self._terms.stall_s is not None:
             moments.append(now_s + self._terms.stall_s / 4)
         return max(0.0, min(moments) - now_s)
@@ -217,11 +222,9 @@ class Planner:
             if known is not None:  # not one that was given up, and has been released
                 self._owe(run, run.error)
         if self._owed:
-            owed = dict(self._owed)
-            self.registry.release_on(self._line, owed)
+            locked = self.registry.release_on(self._line, self._owed)
+            self._owed = {session: self._owed[session] for session in locked}
             self._reported = self.registry.keeper.held
-            for session in owed:
-                del self._owed[session]
 
     def _owe(self, run: Run, error: BaseException | None) -> None:
         session = run.session
@@ -415,7 +418,7 @@ class Planner:
 
 def _said(error: BaseException) -> str:
     """An error as one line that both engines can store."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).replace("\0", " ")
+    text = " ".join(f"{type(error).__name__}: {error}".replace("\0", " ").split())
     return text.encode("utf-8", "replace").decode()[:1000]
 
 

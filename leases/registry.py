@@ -209,21 +209,23 @@ class SessionRegistry:
 
     # --- releasing -------------------------------------------------------------------------------------------------
 
-    def release_on(self, line: Line, endings: Mapping[StreamSession, Ending]) -> None:
+    def release_on(self, line: Line, endings: Mapping[StreamSession, Ending]) -> list[StreamSession]:
         """Release sessions whose work has ended, together, on a worker's own line; their count changes with them.
 
-        One whose row is locked is left to expire. Raises what the store raises: then they have ended all the same, and
-        a second call releases them.
+        Return those whose row was locked, and so is not released; a second call may be luckier. Raises what the store
+        raises: then they have ended all the same, and a second call releases them.
         """
         self._end(endings)
         held = self.keeper.held_but(session.lease for session in endings)
-        released = line.run(
+        answer = line.run(
             lambda connection: operations.release_all(connection, endings.values(), owner=self.owner, held=held)
         )
-        for session in endings:
+        locked = [session for session in endings if session.stream_id in answer.locked]
+        for session in endings.keys() - set(locked):
             self.keeper.gone(session.lease)
-            if session.stream_id in released:
+            if session.stream_id in answer.released:
                 self._released(session)
+        return locked
 
     def _close(self, session: StreamSession, checkpoint: JSON) -> None:
         if self.keeper.inherited:

@@ -185,10 +185,10 @@ class Worker:
         worker's name. The tasks of an async handler run on `loop`, or else on a loop and a thread of the worker's own.
         """
         with self._starting:
-            if self._thread is not None:
-                return self
             if self._stop_asked:
                 raise ConfigError("this worker has stopped; make a new one")
+            if self._thread is not None:
+                return self
             member = self.registry.keeper.member
             other = self._store.run(lambda connection: fleet.namesake(connection, member), read_only=True)
             if other is not None:
