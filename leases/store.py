@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
-from leases import administration, events, fleet, migrate, operations, recipes, views
+from leases import administration, events, fleet, fork, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_engine, describe
 from leases.errors import LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
@@ -88,6 +88,7 @@ class LeaseStore:
         self.schema = schema
         self.retry_for = retry_for
         self._tables = Tables(self.url, schema)
+        fork.tell(self)
 
     def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this code's version; return the versions before and after. May be repeated."""
@@ -189,6 +190,11 @@ class LeaseStore:
         """Close the connections, unless the Engine is the caller's."""
         if self.closes_engine:
             self.base_engine.dispose()
+
+    def orphan(self) -> None:
+        """Let a forked child open connections of its own, if the Engine is ours: those in the pool are the parent's."""
+        if self.closes_engine:
+            self.base_engine.dispose(close=False)
 
     def __enter__(self) -> Self:
         return self
