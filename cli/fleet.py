@@ -39,7 +39,7 @@ LOOK_EVERY_S = 0.2
 @click.command(
     "workers",
     cls=Command,
-    short_help="List the workers: what each holds, its share, its last beat.",
+    short_help="List the workers: held, share, last beat.",
     example="""\
 leases workers
 leases workers --pool orders --json
@@ -84,6 +84,7 @@ def _shares_of(pool: str) -> Callable[[Connection], dict[str, int]]:
 @click.command(
     "drain",
     cls=Command,
+    short_help="Ask a worker to let all go and to leave.",
     example="""\
 leases drain host-1:4121:9f3a2b1c
 leases drain host-1:4121:9f3a2b1c --timeout 5m --yes

@@ -42,10 +42,11 @@ COUNT_EVERY_S = 1.0
 @click.command(
     "work",
     cls=Command,
+    short_help="Run a worker that shares streams with others.",
     example="""\
 leases work orders.handlers:handle
 leases work orders.handlers:handle --streams streams.txt --concurrency 16
-ls feeds | leases work feeds:poll --streams - --capacity 50
+leases work feeds:poll --streams - --capacity 50
 """,
 )
 @click.argument("handler", metavar="MODULE:HANDLER")

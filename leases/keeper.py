@@ -84,7 +84,7 @@ class Keeper:
         self._pid = os.getpid()
         self._kept: dict[str, _Kept] = {}
         self._leaving: set[tuple[str, int]] = set()
-        self._enlisted = False
+        self._has_row = False
         self._beaten_at_s: float | None = None
         self._failures = 0
         self._last_error: str | None = None
@@ -156,8 +156,8 @@ class Keeper:
 
     @property
     def enlisted(self) -> bool:
-        """Whether the last good beat found the worker's row there."""
-        return self._enlisted
+        """Whether a beat has ever been good. The worker's row may be gone since; the next beat puts it back."""
+        return self._beaten_at_s is not None
 
     def health(self) -> Health:
         """How the heartbeats are."""
@@ -207,12 +207,12 @@ class Keeper:
         with self._lock:
             leases = [kept.lease for kept in self._kept.values()]
         owner, ttl = self.member.worker_id, timedelta(seconds=self.window.ttl_s)
-        if not self._enlisted:  # waits for nobody, whoever has locked the row
+        if not self._has_row:  # waits for nobody, whoever has locked the row
             line.run(lambda connection: fleet.enlist(connection, self.member, ttl=ttl))
         held = len(leases) if self._counts else None
         sent_at_s = self._clock()
         renewal = line.run(lambda connection: operations.renew(connection, leases, owner=owner, ttl=ttl, held=held))
-        self._enlisted = renewal.worker_known
+        self._has_row = renewal.worker_known  # or somebody had it locked; then to ask for it once more is harmless
         self._apply(renewal, {lease.stream_id: lease for lease in leases}, sent_at_s)
         if renewal.strays:
             self._look_after(renewal.strays, line, ttl)

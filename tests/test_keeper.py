@@ -250,7 +250,7 @@ def test_trust_counts_from_before_the_send(
         return answer
 
     monkeypatch.setattr(registry.heart.line, "run", slow)
-    monkeypatch.setattr(registry.keeper, "_enlisted", True)
+    monkeypatch.setattr(registry.keeper, "_has_row", True)
     beat(registry)
     assert session.remaining() == trusted - timedelta(seconds=40)
 
