@@ -53,7 +53,7 @@ class Client:
     statements: int = 0
 
     def __post_init__(self) -> None:
-        self._go: SimpleQueue[bool] = SimpleQueue()
+        self._go: SimpleQueue[None] = SimpleQueue()
         self._tasks: SimpleQueue[Callable[[Client], Any] | None] = SimpleQueue()
         self._abandoned = False
         event.listen(self.engine, "before_cursor_execute", self._before_statement, retval=True)
@@ -107,19 +107,21 @@ class Client:
         """Begin; it arrives when it stands before its first statement."""
         self.finished, self.result, self.error = False, None, None
         self.conflicts, self.fences, self.statements = [], [], 0
+        self._abandoned = False
         self._tasks.put(body)
 
     def go(self) -> None:
         """Let it run its statement, and whatever follows up to the next one."""
         self.pending = None
-        self._go.put(True)
+        self._go.put(None)
 
     def abandon(self) -> None:
-        """Make it leave, wherever it stands; ends its session, should it wait for a lock."""
+        """Make it leave, wherever it stands; ends its statement, should it be in one."""
         self._abandoned = True
-        if self.pending is None and not self.finished:
+        if self.pending is not None:
+            self._go.put(None)
+        elif not self.finished:
             self._driver.cancel_safe()
-        self._go.put(False)
 
     def close(self) -> None:
         self._tasks.put(None)
@@ -145,7 +147,8 @@ class Client:
             return
         self.pending = statement
         self.arrivals.put(self)
-        if not self._go.get():
+        self._go.get()
+        if self._abandoned:
             raise Abandoned
         self.statements += 1
 

@@ -31,8 +31,11 @@ START = datetime(2031, 5, 17, 12, 0, 0, tzinfo=UTC)
 TTL = timedelta(minutes=30)
 """Longer than any schedule really takes: no real time limit, which the fence makes of it, ends a session."""
 
-STEP_S = 3600.0
-"""How far one move of the clock goes: every lease of before has expired."""
+BEFORE_S = 600.0
+"""How long before the schedule the state was built that it begins with: such leases end at 1,200 s."""
+
+STEP_S = 1500.0
+"""How far one move of the clock goes: past the end of those leases, not of those renewed or granted since."""
 
 STEPS = 2
 """How often a schedule may move the clock."""
@@ -57,6 +60,12 @@ _STEPS = range(1, STEPS + 1)
 _DONE = [f"pg_sequence_last_value('explorer.step_{n}'::regclass)" for n in _STEPS]
 """When the clock's steps were made, in microseconds by the server's clock; null until then. No snapshot hides it."""
 
+_BEGINNING = f"""
+    (timestamptz '{START.isoformat()}' + CASE WHEN pg_sequence_last_value('explorer.begun'::regclass) IS NULL
+        THEN make_interval(secs => {-BEFORE_S}) ELSE make_interval() END)
+"""
+"""Where the clock stands before its first step."""
+
 
 def _copied(origin: str, to: str) -> str:
     """Statements that make the tables of one schema those of another."""
@@ -69,6 +78,7 @@ _PREPARE = (
     "CREATE TABLE public.work (stream_id text, fencing_token bigint, owner text)",
     "CREATE SCHEMA explorer",
     "CREATE SCHEMA saved",
+    "CREATE SEQUENCE explorer.begun",
     *(f"CREATE SEQUENCE explorer.step_{n}" for n in _STEPS),
     *(f"CREATE TABLE saved.{name} (LIKE public.{name})" for name in TABLES),
     f"""
@@ -80,13 +90,13 @@ _PREPARE = (
             began := (extract(epoch FROM pg_catalog.statement_timestamp()) * 1000000)::bigint;
             steps := {" + ".join(f"coalesce({done} <= began, false)::int" for done in _DONE)};
         END IF;
-        RETURN timestamptz '{START.isoformat()}' + make_interval(secs => {STEP_S} * steps);
+        RETURN {_BEGINNING} + make_interval(secs => {STEP_S} * steps);
     END $$
     """,
     f"""
     CREATE FUNCTION explorer.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE plpgsql AS $$
     BEGIN
-        RETURN timestamptz '{START.isoformat()}' + make_interval(secs => {STEP_S} *
+        RETURN {_BEGINNING} + make_interval(secs => {STEP_S} *
             ({" + ".join(f"({done} IS NOT NULL)::int" for done in _DONE)}));
     END $$
     """,
@@ -223,11 +233,11 @@ class Database:
         """Build the state that schedules begin with, from nothing, and save it."""
         for name in TABLES:
             self.execute(f"DELETE FROM public.{name}")
-        for n in _STEPS:
-            self.execute(f"SELECT setval('explorer.step_{n}', 1, false)")
+        for name in ("begun", *(f"step_{n}" for n in _STEPS)):
+            self.execute(f"SELECT setval('explorer.{name}', 1, false)")
         with self.engine("READ COMMITTED").begin() as connection:
             built = build(connection)
-        self.execute("SELECT explorer.save()")
+        self.execute("SELECT explorer.save(), setval('explorer.begun', 1)")
         return built
 
     def restore(self) -> None:

@@ -80,6 +80,9 @@ class Explorer:
         except Hang as hang:
             trace.failure = str(hang)
             self._abandon(bodies)
+        except BaseException:
+            self._abandon(bodies)
+            raise
         trace.ended_s = database.at_s
         for key in bodies:
             client = self.clients[key]

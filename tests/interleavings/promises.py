@@ -10,7 +10,7 @@ The explorer lets one statement run at a time and looks at the database after ev
 | fenced | a write commits under a token that is not current; a fence passes on what is expired or another's; |
 | | a grant, steal or expire commits while a fenced transaction under a lower token is in flight |
 | no resurrection | a heartbeat extends a lease that had expired when its UPDATE was done |
-| named | a message changes a grant that it does not name |
+| named | a message changes a grant that it does not name; one that names none, and is no operator's, a live one |
 | nothing lost | an event that was accepted is missing or there twice, a gap in seq, a checkpoint without its event |
 | truthful | an answer that the database contradicts |
 | live | a hang, a deadlock, a wait of one who never waits, an error that is no answer; a stream that nobody can have |
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 from leases import Lease
@@ -27,8 +28,12 @@ from leases.errors import LeaseHeld, LeaseNotHeld
 from leases.faults import sqlstate
 from leases.model import Appended, Renewal
 from tests.interleavings.client import described
-from tests.interleavings.database import TTL, Committed, LeaseRow, WorkRow
+from tests.interleavings.database import START, TTL, Committed, LeaseRow, WorkRow
 from tests.interleavings.schedule import State, Step, Trace
+
+PROMISES = (
+    "monotonic", "exclusive", "fenced", "no resurrection", "named", "nothing lost", "truthful", "live",
+)  # fmt: skip
 
 
 class Violation(NamedTuple):
@@ -44,7 +49,9 @@ class Part:
     waits: bool = True
     """Whether it may wait for a lock."""
     names: frozenset[tuple[str, int]] | None = None
-    """The grants that its messages name; None if they may change others."""
+    """The grants that its messages name, which alone they may change; None if they name none."""
+    operator: bool = False
+    """Whether it may change live leases that it does not name."""
     claims: str | None = None
     """What names its attempt: those of the same name may be told of the same grant."""
 
@@ -85,6 +92,9 @@ def _monotonic(before: Committed, after: Committed) -> Iterator[Violation]:
             highest = max([other for stream, other in before.grants if stream == stream_id], default=0)
             if token <= max(highest, lease.token if lease else 0):
                 yield Violation("monotonic", f"{grant} was granted when the token had been at {lease}")
+    for row in after.audit:
+        if row.action in ("expire", "steal") and (row.token_after or 0) <= (row.token_before or 0):
+            yield Violation("monotonic", f"{row} ended a grant, and did not raise the token")
     for lease in after.leases.values():
         if lease.owner is not None:
             current = after.grants.get((lease.stream_id, lease.token))
@@ -194,8 +204,12 @@ def _heartbeat(trace: Trace, before: State, after: State, parts: Mapping[str, Pa
             at_s = _changed_s(trace, after)
             if not old.live(at_s) and new.live(at_s):
                 yield Violation("no resurrection", f"{old} had expired at {at_s:g} s, and became {new}")
-        if part.names is not None and (stream_id, old.token) not in part.names:
-            yield Violation("named", f"{after.key} names {sorted(part.names)}, and changed {old} to {new}")
+        if part.names is None:
+            wrong = old.live(_changed_s(trace, after)) and not part.operator
+        else:
+            wrong = (stream_id, old.token) not in part.names
+        if wrong:
+            yield Violation("named", f"{after.key} names {sorted(part.names or ())}, and changed {old} to {new}")
 
 
 def _log(rows: Committed) -> Iterator[Violation]:
@@ -230,6 +244,9 @@ def _answers(trace: Trace, parts: Mapping[str, Part]) -> Iterator[Violation]:
             row = last.grants.get(grant)
             if row is None or row.owner != lease.owner:
                 yield Violation("truthful", f"{key} was told of {grant} for {lease.owner}, and it is {row}")
+            asked_s = next(step.began_s for step in reversed(trace.steps_of(key)) if not step.ends_transaction)
+            if lease.expires_at <= START + timedelta(seconds=asked_s):
+                yield Violation("truthful", f"{key} was told at {asked_s:g} s of {lease}")
             claim = parts[key].claims or key
             if told.setdefault(grant, claim) != claim:
                 yield Violation("exclusive", f"{grant} was granted to {key} and to {told[grant]}")
@@ -241,13 +258,17 @@ def _answers(trace: Trace, parts: Mapping[str, Part]) -> Iterator[Violation]:
                 yield Violation("truthful", f"{key} was told of event {last_seq} of {len(last.events)}")
     for claim, grants in by_claim.items():
         streams = [stream_id for stream_id, _ in grants]
-        if len(streams) != len(set(streams)):
+        if len(streams) != len(set(streams)) and trace.ended_s == 0:
             yield Violation("exclusive", f"the attempt {claim} was granted twice: {sorted(grants)}")
     if all(answer.error is None for answer in trace.answers.values()):
         untold = last.grants.keys() - first.grants.keys() - told.keys()
         if untold:
             yield Violation("exclusive", f"granted to nobody who knows: {sorted(untold)}")
+    known = {event.event_id for event in last.events}
     appended = [answer.result for answer in trace.answers.values() if isinstance(answer.result, Appended)]
+    for each in appended:
+        if not known.issuperset(each.duplicates):
+            yield Violation("nothing lost", f"{each} was answered, and the events are {sorted(known)}")
     if appended and sum(each.count for each in appended) != len(last.events) - len(first.events):
         yield Violation("nothing lost", f"accepted: {appended}, and there are {last.events}")
 

@@ -63,8 +63,8 @@ class Walked:
 @contextmanager
 def exploring(
     database: Database, scenario: Scenario, level: str, rewrite: Rewrite | None = None
-) -> Iterator[tuple[Explorer, Callable[[Trace], list[Violation]], Callable[[Choose], Trace]]]:
-    """A scenario in a database: the explorer, its judge, and how to run one schedule."""
+) -> Iterator[tuple[Callable[[Trace], list[Violation]], Callable[[Choose], Trace]]]:
+    """A scenario in a database: how to judge a schedule, and how to run one."""
     held = database.set_up(scenario.build)
     parts = scenario.parts(level, held)
     explorer = Explorer(database, scenario.isolations(level), rewrite)
@@ -73,7 +73,7 @@ def exploring(
         return check(trace, parts) + (list(scenario.expect(trace)) if trace.failure is None else [])
 
     try:
-        yield explorer, judge, lambda choose: explorer.run(scenario.bodies(held), scenario.clock_steps, choose)
+        yield judge, lambda choose: explorer.run(scenario.bodies(held), scenario.clock_steps, choose)
     finally:
         explorer.close()
 
@@ -91,7 +91,7 @@ def explore(
 ) -> Walked:
     """Walk a scenario at one level until all is walked, the limit is reached, or enough was found."""
     walked = Walked(scenario.name, level)
-    with exploring(database, scenario, level, rewrite) as (_, judge, run):
+    with exploring(database, scenario, level, rewrite) as (judge, run):
         began = time.monotonic()
         for trace, tree in walk(run, seed=seed, limit=limit):
             walked.schedules += 1
