@@ -8,7 +8,7 @@ no step.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -30,6 +30,31 @@ ATTEMPTS = 3
 
 class Abandoned(BaseException):
     """The schedule is over, the client is not: it is to leave."""
+
+
+class Clients:
+    """Clients that are kept from one scenario to the next: a new connection costs as much as ten schedules."""
+
+    def __init__(self, engine: Callable[[str], Engine]) -> None:
+        self._engine = engine
+        self._kept: dict[tuple[int, str], Client] = {}
+        self.arrivals: SimpleQueue[Client] = SimpleQueue()
+        """Those that have come to stand, or have finished, since they were let go."""
+
+    def lend(self, isolations: Mapping[str, str], rewrite: Rewrite | None) -> dict[str, Client]:
+        """Clients of these letters, at these isolation levels."""
+        lent = {}
+        for nth, (key, isolation) in enumerate(isolations.items()):
+            if (nth, isolation) not in self._kept:
+                self._kept[nth, isolation] = Client(key, self._engine(isolation), isolation, self.arrivals)
+            client = lent[key] = self._kept[nth, isolation]
+            client.key, client.rewrite = key, rewrite
+        return lent
+
+    def close(self) -> None:
+        for client in self._kept.values():
+            client.close()
+        self._kept.clear()
 
 
 @dataclass
@@ -64,7 +89,7 @@ class Client:
         driver: Any = self.connection.connection.driver_connection
         self.pid: int = driver.info.backend_pid
         self._driver = driver
-        self._thread = threading.Thread(target=self._work, name=f"client {self.key}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="client", daemon=True)
         self._thread.start()
 
     # --- what a body calls, in the client's thread ---
@@ -139,6 +164,9 @@ class Client:
             except (Exception, Abandoned) as error:  # noqa: BLE001  # an answer, to be judged
                 self.error = error
             self._gated = False
+            self.connection.rollback()
+            if self._driver.info.transaction_status.name != "IDLE":  # it left at its COMMIT
+                self._driver.rollback()
             self.finished = True
             self.arrivals.put(self)
 

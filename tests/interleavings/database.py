@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from leases import LeaseStore
 from tests import postgres
+from tests.interleavings.client import Clients
 
 R = TypeVar("R")
 
@@ -216,17 +217,19 @@ class Database:
             self.execute(statement)
         self.execute("SET session_replication_role = replica")  # the observer goes past the guards
         self._restored = 0
+        self._builder = self.engine("READ COMMITTED", poolclass=QueuePool, pool_size=1)
+        self.clients = Clients(self.engine)
         self.at_s = 0.0
 
     def execute(self, statement: str) -> None:
         """Run SQL past the product, in a transaction of its own."""
         self._observer.execute(statement.encode(), prepare=False)
 
-    def engine(self, isolation: str) -> Engine:
-        """An engine for one client: on the schedule's clock, at this isolation level."""
+    def engine(self, isolation: str, **pool: Any) -> Engine:
+        """An engine on the schedule's clock, at this isolation level."""
         options = " ".join(f"-c {name}={value}" for name, value in _CLIENT.items())
         return create_engine(
-            self.url, poolclass=NullPool, isolation_level=isolation, connect_args={"options": options}, echo=False
+            self.url, isolation_level=isolation, connect_args={"options": options}, **{"poolclass": NullPool, **pool}
         )
 
     def set_up(self, build: Callable[[Connection], R]) -> R:
@@ -235,7 +238,7 @@ class Database:
             self.execute(f"DELETE FROM public.{name}")
         for name in ("begun", *(f"step_{n}" for n in _STEPS)):
             self.execute(f"SELECT setval('explorer.{name}', 1, false)")
-        with self.engine("READ COMMITTED").begin() as connection:
+        with self._builder.begin() as connection:
             built = build(connection)
         self.execute("SELECT explorer.save(), setval('explorer.begun', 1)")
         return built
@@ -281,6 +284,8 @@ class Database:
         return dict(rows)
 
     def close(self) -> None:
+        self.clients.close()
+        self._builder.dispose()
         self._observer.close()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import Empty
 from random import Random
 from typing import Any
 
@@ -26,6 +26,9 @@ from tests.interleavings.schedule import CLOCK, Answer, State, Step, Trace
 PATIENCE_S = 20.0
 """How long a statement may take, and a deadlock stand, before it is a hang."""
 
+ABANDON_S = 20.0
+"""How long a client may take to leave."""
+
 LOOK_AFTER_S = 0.0015
 """How long a statement is let run before it is asked for whom it waits."""
 
@@ -34,15 +37,12 @@ Choose = Callable[[Sequence[str]], str]
 
 
 class Explorer:
-    """A database and its clients, who are kept for all the schedules of a scenario."""
+    """Runs the schedules of a scenario: a database, and a client for each letter."""
 
     def __init__(self, database: Database, isolations: Mapping[str, str], rewrite: Rewrite | None = None) -> None:
         self.database = database
-        self._arrivals: SimpleQueue[Client] = SimpleQueue()
-        self.clients = {
-            key: Client(key, database.engine(isolation), isolation, self._arrivals, rewrite)
-            for key, isolation in isolations.items()
-        }
+        self._arrivals = database.clients.arrivals
+        self.clients = database.clients.lend(isolations, rewrite)
         self._by_pid = {client.pid: client for client in self.clients.values()}
 
     def run(self, bodies: Mapping[str, Body], clock_steps: int, choose: Choose) -> Trace:
@@ -79,9 +79,9 @@ class Explorer:
                     trace.states.append(State(step.number, key, database.at_s, database.observe()))
         except Hang as hang:
             trace.failure = str(hang)
-            self._abandon(bodies)
+            self._abandon(running)
         except BaseException:
-            self._abandon(bodies)
+            self._abandon(running)
             raise
         trace.ended_s = database.at_s
         for key in bodies:
@@ -119,16 +119,17 @@ class Explorer:
             running[key].waited_for = sorted({*running[key].waited_for, *whom})
         return waits.keys() == running.keys() and not _circle(waits) and self._arrivals.empty()
 
-    def _abandon(self, bodies: Mapping[str, Body]) -> None:
-        for key in bodies:
+    def _abandon(self, running: Mapping[str, Step]) -> None:
+        """Make those leave that have not finished, and wait until they have."""
+        left = {key for key, client in self.clients.items() if key in running or client.pending is not None}
+        for key in left:
             self.clients[key].abandon()
-        for key in bodies:
-            while not self.clients[key].finished:
-                self._arrivals.get(timeout=PATIENCE_S)
-
-    def close(self) -> None:
-        for client in self.clients.values():
-            client.close()
+        while left:
+            client = self._arrivals.get(timeout=ABANDON_S)
+            if client.finished:
+                left.discard(client.key)
+            else:  # it came to stand in this very moment
+                client.abandon()
 
 
 class Hang(Exception):

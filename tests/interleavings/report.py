@@ -72,10 +72,7 @@ def exploring(
     def judge(trace: Trace) -> list[Violation]:
         return check(trace, parts) + (list(scenario.expect(trace)) if trace.failure is None else [])
 
-    try:
-        yield judge, lambda choose: explorer.run(scenario.bodies(held), scenario.clock_steps, choose)
-    finally:
-        explorer.close()
+    yield judge, lambda choose: explorer.run(scenario.bodies(held), scenario.clock_steps, choose)
 
 
 def explore(

@@ -28,10 +28,7 @@ def running(database: Database, bodies: Mapping[str, Body], clock_steps: int = 0
 
     database.set_up(build)
     explorer = Explorer(database, dict.fromkeys(bodies, READ_COMMITTED))
-    try:
-        yield lambda choose: explorer.run(bodies, clock_steps, choose)
-    finally:
-        explorer.close()
+    yield lambda choose: explorer.run(bodies, clock_steps, choose)
 
 
 def executing(*statements: str) -> Body:
