@@ -91,19 +91,23 @@ def walk_all(database: Database, options: argparse.Namespace, console: Console) 
 
 
 def run_one(database: Database, options: argparse.Namespace, console: Console) -> int:
-    """Run one schedule, show it; return 1 if it broke a promise."""
+    """Run one schedule, show it; return 1 if it broke a promise, 2 if the clients cannot go in that order."""
     scenario = BY_NAME[options.scenario[0]]
     level = options.isolation or READ_COMMITTED
     mutant = next((mutant for mutant in MUTANTS if mutant.name == options.mutant), None) or Mutant("", "", "")
     with mutant.breaking(database), exploring(database, scenario, level, mutant.rewrite) as (judge, run):
-        trace = run(follow(options.schedule))
+        try:
+            trace = run(follow(options.schedule))
+        except ValueError as error:
+            console.print(f"there is no such order: {error}", markup=False, highlight=False)
+            return 2
         console.print(str(Finding(scenario.name, level, 1, trace, judge(trace))), markup=False, highlight=False)
-        return bool(judge(trace))
+        return int(bool(judge(trace)))
 
 
 def run_mutants(database: Database, options: argparse.Namespace, console: Console) -> int:
     """Break the product in each way, show a table; return how many were not caught."""
-    table = Table("mutant", "scenario", "isolation", "caught", "schedules", "seconds")
+    table = Table("mutant", "scenario", "isolation", "breaks", "schedules until then", "seconds")
     missed = 0
     for mutant in MUTANTS:
         if options.mutant not in (None, mutant.name):
@@ -111,24 +115,24 @@ def run_mutants(database: Database, options: argparse.Namespace, console: Consol
         with mutant.breaking(database):
             walked = explore(
                 database, BY_NAME[mutant.scenario], mutant.level, seed=options.seed, limit=MUTANT_LIMIT,
-                rewrite=mutant.rewrite, enough=1,
+                rewrite=mutant.rewrite, until=mutant.promise,
             )  # fmt: skip
         caught = sorted({violation.promise for finding in walked.findings for violation in finding.violations})
         missed += mutant.promise not in caught
         table.add_row(
-            mutant.name, mutant.scenario, mutant.level, ", ".join(caught) or "NO", str(walked.schedules),
+            mutant.name, mutant.scenario, mutant.level, ", ".join(caught) or "NOT CAUGHT", str(walked.schedules),
             f"{walked.seconds:.1f}",
         )  # fmt: skip
         if options.mutant:
-            for finding in walked.findings:
-                console.print(str(finding), markup=False, highlight=False)
+            for finding in walked.findings[-1:]:
+                console.print(f"{finding} --mutant '{mutant.name}'", markup=False, highlight=False)
     console.print(table)
     return missed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
     if options.list:
         for scenario in SCENARIOS:
             console.print(f"{scenario.name:32} {' '.join(scenario.actors)}  {', '.join(scenario.levels)}")

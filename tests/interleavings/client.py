@@ -28,8 +28,10 @@ ATTEMPTS = 3
 """How often a transaction is begun again that the database refused for another's sake."""
 
 
-class Abandoned(BaseException):
+class Abandoned(Exception):
     """The schedule is over, the client is not: it is to leave."""
+
+    # Not a BaseException: SQLAlchemy would close the connection, which is kept.
 
 
 class Clients:
@@ -161,7 +163,7 @@ class Client:
             self._gated = True
             try:
                 self.result = body(self)
-            except (Exception, Abandoned) as error:  # noqa: BLE001  # an answer, to be judged
+            except Exception as error:  # noqa: BLE001  # an answer, to be judged
                 self.error = error
             self._gated = False
             self.connection.rollback()

@@ -14,6 +14,9 @@ from tests.interleavings.promises import Violation, check
 from tests.interleavings.scenarios import Scenario
 from tests.interleavings.schedule import Trace
 
+ENOUGH = 3
+"""After how many violations a walk ends."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -83,10 +86,13 @@ def explore(
     seed: int | None = None,
     limit: int | None = None,
     rewrite: Rewrite | None = None,
-    enough: int = 3,
+    until: str | None = None,
     progress: Callable[[Walked], None] = lambda _: None,
 ) -> Walked:
-    """Walk a scenario at one level until all is walked, the limit is reached, or enough was found."""
+    """Walk a scenario at one level: all of it, or to a limit, or until enough was found.
+
+    Enough is an order that breaks the promise `until`; without one, any ENOUGH orders that break some.
+    """
     walked = Walked(scenario.name, level)
     with exploring(database, scenario, level, rewrite) as (judge, run):
         began = time.monotonic()
@@ -100,7 +106,8 @@ def explore(
             violations = judge(trace)
             if violations:
                 walked.findings.append(Finding(scenario.name, level, walked.schedules, trace, violations))
-                if len(walked.findings) >= enough or trace.failure is not None:
+                found = {violation.promise for violation in violations}
+                if trace.failure is not None or until in found or (until is None and len(walked.findings) == ENOUGH):
                     break
             progress(walked)
     return walked

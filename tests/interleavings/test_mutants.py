@@ -18,7 +18,13 @@ LIMIT = 150
 def test_a_broken_protocol_is_caught(mutant: Mutant, database: Database) -> None:
     with mutant.breaking(database):
         walked = explore(
-            database, BY_NAME[mutant.scenario], mutant.level, seed=1, limit=LIMIT, rewrite=mutant.rewrite, enough=1
+            database,
+            BY_NAME[mutant.scenario],
+            mutant.level,
+            seed=1,
+            limit=LIMIT,
+            rewrite=mutant.rewrite,
+            until=mutant.promise,
         )
     if isinstance(mutant.rewrite, Replaced):
         assert mutant.rewrite.count, "the product does not send what this mutant rewrites: it is no mutant any more"
