@@ -183,6 +183,14 @@ MUTANTS: Sequence[Mutant] = (
         "monotonic",
         breaking=lambda _: patch.object(administration, "_swap", swap_without_a_new_token),
     ),
+    _sql(
+        "steal: its TTL counts from before the wait",
+        "write-steal",
+        "truthful",
+        OPERATOR,
+        "FOR UPDATE$",
+        "FOR NO KEY UPDATE",
+    ),
     _as_heartbeats("steal: does not wait for writers", "write-steal"),
     _as_heartbeats("expire: does not wait for writers", "write-expire"),
     # The event log.

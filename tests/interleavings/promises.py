@@ -109,6 +109,10 @@ def _exclusive(trace: Trace, before: State, after: State) -> Iterator[Violation]
         is_new = (stream_id, token) not in before.rows.grants
         if is_new and old is not None and old.live(_changed_s(trace, after)) and (stream_id, token) not in stolen:
             yield Violation("exclusive", f"{grant} was granted while {old} was live")
+        new = after.rows.leases[stream_id]
+        full_s = _changed_s(trace, after) + TTL.total_seconds()
+        if is_new and new.token == token and new.expires_s is not None and new.expires_s < full_s:
+            yield Violation("truthful", f"{new} is short: its TTL does not count from after the wait")
         for (other_stream, other_token), earlier in after.rows.grants.items():
             ended = earlier.ended_s is not None and earlier.ended_s <= grant.granted_s
             if other_stream == stream_id and other_token < token and not ended:

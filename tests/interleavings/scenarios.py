@@ -130,7 +130,7 @@ SCENARIOS: Sequence[Scenario] = (
     # A fenced write and whoever would take its stream.
     Scenario("write-takeover", {"W": _WRITER, "T": _TAKER}, held("a")),
     Scenario("write-takeover-snapshot", {"W": _READER, "T": _TAKER}, held("a")),
-    Scenario("write-steal", {"W": _WRITER, "O": _operator(steal())}, held("a"), clock_steps=0),
+    Scenario("write-steal", {"W": _WRITER, "O": _operator(steal())}, held("a")),
     Scenario("write-expire", {"W": _WRITER, "O": _operator(expire())}, held("a"), clock_steps=0),
     Scenario("write-steal-snapshot", {"W": _READER, "O": _operator(steal())}, held("a"), clock_steps=0),
     Scenario("write-expire-snapshot", {"W": _READER, "O": _operator(expire())}, held("a"), clock_steps=0),
