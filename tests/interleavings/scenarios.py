@@ -252,7 +252,7 @@ SCENARIOS: Sequence[Scenario] = (
         held("a"),
     ),
     Scenario(
-        "append-append-takeover",
+        "append-append-expiry",
         {
             "L": Actor(append("e1", checkpoint=True), own=False, names=()),
             "M": Actor(append("e1", "e2", checkpoint=True), own=False, names=()),

@@ -13,7 +13,7 @@ from tests.interleavings.database import Database
 from tests.interleavings.report import Walked, explore
 from tests.interleavings.scenarios import SCENARIOS, Scenario
 
-SAMPLE = 70
+SAMPLE = 65
 """How many orders of a scenario are walked at each level, at the most."""
 
 SEED = 20
