@@ -12,7 +12,8 @@ from sqlalchemy import Connection, text
 
 from leases import Lease, events, fence, operations, recipes
 from leases import administration as admin
-from leases.model import Appended, Worker
+from leases import fleet as members
+from leases.model import Appended, Membership
 from leases.recipes import Do, Recipe, Wait
 from tests.interleavings.client import Client
 from tests.interleavings.database import TTL
@@ -59,7 +60,7 @@ def nothing(_: Connection) -> Held:
 
 def fleet(connection: Connection) -> Held:
     """Worker `one` is on the list and holds two streams; a third is free."""
-    operations.enlist(connection, Worker(worker_id="one", host="h", pid=1, version="0", pool="default"), ttl=TTL)
+    members.enlist(connection, Membership(worker_id="one", host="h", pid=1, version="0", pool="default"), ttl=TTL)
     found = held("a", "b")(connection)
     operations.register(connection, ["c"])
     return found
@@ -196,6 +197,4 @@ def pause() -> Does:
 
 
 def let_go(owner: str = "one") -> Does:
-    return lambda _: (
-        lambda client: client.transact(lambda connection: operations.let_go_expired(connection, owner=owner))
-    )
+    return lambda _: lambda client: client.transact(lambda connection: members.let_go_expired(connection, owner=owner))
