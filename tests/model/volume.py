@@ -1,0 +1,162 @@
+"""The rules under a seed, for volume: a hundred thousand steps a minute, and no shrinking.
+
+The steps are cut into epochs, each on empty tables and with a seed of its own, seed + number; so that a failure in the
+millionth step is repeated by a few hundred, from an epoch's beginning. In every eighth epoch the clock may be set back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from leases.model import Lease
+from tests.model.product import Product
+from tests.model.rules import BUNDLES, RULES, Choice, Kept, Rule
+from tests.model.world import World
+
+EPOCH = 1000
+"""How many steps on the same tables."""
+
+LOOK_EVERY = 50
+"""How many steps from one comparison of all tables to the next; the streams of a step are compared at once."""
+
+REMEMBERED = 60
+"""How many things of a bundle are kept: the latest."""
+
+RECENT = 6
+"""How many of those are as good as new: two of three are chosen among them."""
+
+SET_BACK_EVERY = 8
+STORY = 12
+"""How many steps a failure tells."""
+
+
+class Failed(Exception):
+    """A step in which the product is not as the model, with what there is to know about it."""
+
+    def __init__(self, seed: int, step: int, story: list[str], why: BaseException) -> None:
+        super().__init__(f"step {step} of seed {seed}: {why}")
+        self.seed = seed
+        self.step = step
+        self.story = story
+        self.why = why
+
+
+@dataclass
+class Figures:
+    """What was done so far."""
+
+    steps: int = 0
+    grants: int = 0
+    events: int = 0
+    elapsed_s: float = 0.0
+    by_rule: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rate(self) -> float:
+        return self.steps / self.elapsed_s if self.elapsed_s else 0.0
+
+
+class Chooser:
+    """Chooses rules and their arguments, by a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.bundles: dict[str, deque[Any]] = {name: deque(maxlen=REMEMBERED) for name in BUNDLES}
+        rules = RULES if seed % SET_BACK_EVERY == 0 else [r for r in RULES if r.name != "the_clock_is_set_back"]
+        self._rules = rules
+        self._weights = list(_sums(rule.weight for rule in rules))
+
+    def choose(self) -> tuple[Rule, dict[str, Any]]:
+        while True:
+            (rule,) = self.random.choices(self._rules, cum_weights=self._weights)
+            if all(self.bundles[kind.bundle] for kind in rule.arguments.values() if isinstance(kind, Kept)):
+                return rule, {name: self._argument(kind) for name, kind in rule.arguments.items()}
+
+    def _argument(self, kind: Choice | Kept) -> Any:
+        if isinstance(kind, Choice):
+            return self.random.choice(kind.values)
+        if kind.most == 1:
+            return self._kept(kind.bundle)
+        return [self._kept(kind.bundle) for _ in range(self.random.randint(1, kind.most))]
+
+    def _kept(self, bundle: str) -> Any:
+        things = self.bundles[bundle]
+        if self.random.random() < 0.67:
+            return things[-1 - self.random.randrange(min(RECENT, len(things)))]
+        return self.random.choice(things)
+
+
+def _sums(weights: Iterator[int] | Any) -> Iterator[int]:
+    total = 0
+    for weight in weights:
+        total += weight
+        yield total
+
+
+def run(
+    product: Product,
+    *,
+    steps: int,
+    seed: int,
+    look_every: int = LOOK_EVERY,
+    progress: Callable[[Figures], object] = lambda _: None,
+) -> Figures:
+    """Do so many steps; `Failed` at the first in which the product is not as the model."""
+    figures = Figures()
+    began = time.monotonic()
+    while figures.steps < steps:
+        epoch = min(EPOCH, steps - figures.steps)
+        _epoch(product, epoch, seed, look_every, figures)
+        figures.elapsed_s = time.monotonic() - began
+        progress(figures)
+        seed += 1
+    return figures
+
+
+def _epoch(product: Product, steps: int, seed: int, look_every: int, figures: Figures) -> None:
+    world = World(product, look_every=look_every)
+    chooser = Chooser(seed)
+    story: deque[str] = deque(maxlen=STORY)
+    for step in range(1, steps + 1):
+        rule, arguments = chooser.choose()
+        at = world.model.now
+        try:
+            given = world.step(rule.run, arguments)
+            if step == steps:
+                world.compare_all()
+        except Exception as error:
+            story.append(_told(step, at, rule, arguments))
+            raise Failed(seed, step, list(story), error) from error
+        story.append(_told(step, at, rule, arguments))
+        if rule.gives is not None:
+            chooser.bundles[rule.gives].extend(given)
+        figures.by_rule[rule.name] += 1
+        figures.steps += 1
+    figures.grants += len(world.witness.owner_of)
+    figures.events += world.accepted
+
+
+def _told(step: int, at: Any, rule: Rule, arguments: dict[str, Any]) -> Any:
+    # Told as a tuple: to write it down costs more than the step.
+    return step, at, rule.name, arguments
+
+
+def tell(entry: Any) -> str:
+    """One step, for people."""
+    step, at, name, arguments = entry
+    return (
+        f"{step:5} {at:%H:%M:%S.%f} {name}({', '.join(f'{key}={_short(value)}' for key, value in arguments.items())})"
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Lease):
+        return f"<{value.stream_id} {value.owner} {value.fencing_token}>"
+    if isinstance(value, list):
+        return f"[{', '.join(_short(part) for part in value)}]"
+    return str(value)
