@@ -83,9 +83,9 @@ def main() -> int:
             print(f"step {failure.step} of seed {failure.seed}; this repeats it:")
             print(f"  python -m tests.model --seed {failure.seed} --steps {failure.step}{where}")
             return 1
-    print(f"\n{'rule':32}{'steps':>10}")
+    print(f"\n{'rule':32}{'steps':>10}{'refused':>10}")
     for name, count in figures.by_rule.most_common():
-        print(f"{name:32}{count:10,}")
+        print(f"{name:32}{count:10,}{figures.refused[name]:10,}")
     print(
         f"{figures.steps:,} steps in {figures.elapsed_s:.1f} s, {figures.rate:,.0f}/s; {figures.grants:,} grants, "
         f"{figures.events:,} events; no difference"

@@ -67,11 +67,11 @@ def seconds(*values: float) -> tuple[timedelta, ...]:
     return tuple(timedelta(seconds=value) for value in values)
 
 
-STREAM = Choice(("a", "b", "c", "d", "e"))
-STREAMS = Choice((("a",), ("b", "c"), ("a", "c", "e"), ("d", "e", "d"), ()))
+STREAM = Choice(("a", "b", "c", "d", "e", "f"))
+STREAMS = Choice((("a",), ("b", "c"), ("a", "c", "e"), ("d", "f", "d"), ()))
 OWNER = Choice(("one", "two", "three"))
 POOL = Choice(("default", "default", "default", "other"))
-TTL = Choice(seconds(5, 15, 15, 15, 60, 24 * 3600))
+TTL = Choice(seconds(*(5, 15, 15, 15, 60) * 5, 24 * 3600))
 LIMIT = Choice((0, 1, 2, 5))
 BACKOFF = Choice(seconds(0, 0, 0, 5, -1))
 ERROR = Choice((None, None, "it failed", ""))

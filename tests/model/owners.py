@@ -41,12 +41,12 @@ from tests.model.world import World
 # --- time ------------------------------------------------------------------------------------------------------
 
 
-@rule(45, by=Choice(seconds(0.001, 0.5, 1, 1, 2.5, 5)))
+@rule(40, by=Choice(seconds(0.001, 0.5, 1, 1, 2.5, 5)))
 def time_passes(world: World, by: timedelta) -> None:
     world.move_clock(by)
 
 
-@rule(30, stream=STREAM, by=Choice(seconds(-2.5, -0.001, 0, 0.001)))
+@rule(25, stream=STREAM, by=Choice(seconds(-2.5, -0.001, 0, 0.001)))
 def time_passes_to_an_expiry(world: World, stream: str, by: timedelta) -> None:
     """To the moment of it, or to just before or after it."""
     row = world.product.tables.lease(stream)
@@ -101,7 +101,7 @@ def _claim(
     return world.both(of_product, of_model, lost=lost)
 
 
-@rule(140, gives="grants", stream=STREAM, owner=OWNER, ttl=TTL, pool=POOL, lost=LOST)
+@rule(90, gives="grants", stream=STREAM, owner=OWNER, ttl=TTL, pool=POOL, lost=LOST)
 def acquire(world: World, **given: Any) -> Lease | None:
     return _acquire(world, **given, claim_id=world.fresh())
 
@@ -132,7 +132,7 @@ def ask_again(world: World, attempt: Attempt) -> Any:
     return attempt.of(world, **attempt.arguments)
 
 
-@rule(15, gives="grants", grant=GRANT, how=Choice(("token - 1", "token + 1", "token + 1000000", "owner", "stream")))
+@rule(8, gives="grants", grant=GRANT, how=Choice(("token - 1", "token + 1", "token + 1000000", "owner", "stream")))
 def forge(world: World, grant: Lease, how: str) -> Lease:
     """A grant that nobody was granted, or somebody else."""
     if how == "owner":
@@ -158,7 +158,7 @@ def renew(world: World, grants: list[Lease], ttl: timedelta, lost: int) -> None:
     )
 
 
-@rule(70, grant=GRANT, checkpoint=CHECKPOINT, backoff=BACKOFF, error=ERROR, lost=LOST)
+@rule(80, grant=GRANT, checkpoint=CHECKPOINT, backoff=BACKOFF, error=ERROR, lost=LOST)
 def release(world: World, grant: Lease, checkpoint: Any, backoff: timedelta, error: str | None, lost: int) -> None:
     given: Any = {"checkpoint": checkpoint, "backoff": backoff, "error": error}
     world.touch(grant.stream_id)

@@ -27,8 +27,8 @@ LOOK_EVERY = 50
 REMEMBERED = 60
 """How many things of a bundle are kept: the latest."""
 
-RECENT = 6
-"""How many of those are as good as new: two of three are chosen among them."""
+LATEST = 0.7
+"""How often a grant is the latest of its stream, and not just any that is kept."""
 
 SET_BACK_EVERY = 8
 STORY = 12
@@ -55,6 +55,7 @@ class Figures:
     events: int = 0
     elapsed_s: float = 0.0
     by_rule: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
 
     @property
     def rate(self) -> float:
@@ -67,6 +68,7 @@ class Chooser:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.bundles: dict[str, deque[Any]] = {name: deque(maxlen=REMEMBERED) for name in BUNDLES}
+        self.latest: dict[str, Lease] = {}
         rules = RULES if seed % SET_BACK_EVERY == 0 else [r for r in RULES if r.name != "the_clock_is_set_back"]
         self._rules = rules
         self._weights = list(_sums(rule.weight for rule in rules))
@@ -85,10 +87,15 @@ class Chooser:
         return [self._kept(kind.bundle) for _ in range(self.random.randint(1, kind.most))]
 
     def _kept(self, bundle: str) -> Any:
-        things = self.bundles[bundle]
-        if self.random.random() < 0.67:
-            return things[-1 - self.random.randrange(min(RECENT, len(things)))]
-        return self.random.choice(things)
+        if bundle == "grants" and self.random.random() < LATEST:
+            return self.random.choice(list(self.latest.values()))
+        return self.random.choice(self.bundles[bundle])
+
+    def keep(self, bundle: str, things: list[Any]) -> None:
+        """Keep what a rule gave for later steps."""
+        self.bundles[bundle].extend(things)
+        if bundle == "grants":
+            self.latest.update((lease.stream_id, lease) for lease in things)
 
 
 def _sums(weights: Iterator[int] | Any) -> Iterator[int]:
@@ -134,8 +141,9 @@ def _epoch(product: Product, steps: int, seed: int, look_every: int, figures: Fi
             raise Failed(seed, step, list(story), error) from error
         story.append(_told(step, at, rule, arguments))
         if rule.gives is not None:
-            chooser.bundles[rule.gives].extend(given)
+            chooser.keep(rule.gives, given)
         figures.by_rule[rule.name] += 1
+        figures.refused[rule.name] += world.refused or (rule.gives is not None and not given)
         figures.steps += 1
     figures.grants += len(world.witness.owner_of)
     figures.events += world.accepted

@@ -45,13 +45,14 @@ class World:
         self._touched: set[str] = set()
         self._ids = 0
         self.accepted = 0
-        self.refused = 0
+        self.refused = False
 
     # --- for the drivers ---------------------------------------------------------------------------------------
 
     def step(self, rule: Callable[..., Any], arguments: Mapping[str, Any]) -> list[Any]:
         """Run one rule, compare; return what it gives to keep for later steps."""
         self._touched.clear()
+        self.refused = False
         given = rule(self, **arguments)
         self.steps += 1
         for stream_id in self._touched:
@@ -101,7 +102,7 @@ class World:
         expected_refusal, expected = _outcome(lambda: of_model(answer))  # type: ignore[arg-type]  # none if refused
         if (refusal, answer) != (expected_refusal, expected):
             raise Mismatch(f"the product says {refusal or answer!r}\nthe model says   {expected_refusal or expected!r}")
-        self.refused += refusal is not None or answer is None
+        self.refused = refusal is not None
         for lease in answer if isinstance(answer, list) else [answer]:
             if isinstance(lease, Lease):
                 self.witness.granted(lease)

@@ -173,11 +173,8 @@ OF_THE_FENCE = (
         "protect-ignores-updates",
         "the trigger on a user's table lets updates pass",
         (
-            Edit(
-                "leases/protection.py",
-                "coalesce(left_s, 0) <= 0 THEN",
-                "coalesce(left_s, 0) <= 0 AND TG_OP = 'INSERT' THEN",
-            ),
+            Edit("leases/protection.py", "AFTER {event} ON {target}", "AFTER INSERT ON {target}"),
+            Edit("leases/protection.py", "BEFORE {event} ON {quote(table)}", "BEFORE INSERT ON {quote(table)}"),
         ),
         ("tests/test_protection.py",),
     ),
