@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.model import volume
@@ -34,6 +34,8 @@ def test_no_story_that_hypothesis_finds_tells_the_product_from_the_model(product
             max_examples=25 if product.on_postgresql else 100,
             stateful_step_count=40,
             deadline=None,
+            phases=set(Phase) - {Phase.explain},  # which takes longer than to find and to shrink
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -169,6 +169,12 @@ OF_OWNERS = (
         ("tests/postgresql/test_heartbeat.py",),
     ),
     Mutant(
+        "renew-no-lock",
+        "a heartbeat updates without locking first: after a wait it revives what expired meanwhile",
+        (Edit(STATEMENTS, "        .with_for_update(key_share=True, skip_locked=True, of=leases)\n", ""),),
+        ("tests/postgresql/test_heartbeat.py -k revives",),
+    ),
+    Mutant(
         "renew-says-all-is-well",
         "a heartbeat says of a lost lease that it was only skipped",
         (

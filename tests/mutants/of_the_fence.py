@@ -147,6 +147,41 @@ OF_THE_FENCE = (
         ("tests/conformance/test_guard.py",),
     ),
     Mutant(
+        "guard-lets-owner-change",
+        "the triggers let an owner be replaced under its token",
+        (
+            Edit(MIGRATION, "ELSIF NEW.owner IS NOT NULL AND NEW.owner IS DISTINCT FROM OLD.owner", "ELSIF false"),
+            Edit(MIGRATION, "WHERE NEW.owner IS NOT NULL AND NEW.owner IS NOT OLD.owner AND", "WHERE false AND"),
+        ),
+        ("tests/conformance/test_guard.py",),
+    ),
+    Mutant(
+        "grants-not-recorded",
+        "a grant that follows another of the same stream is not recorded",
+        (
+            Edit(
+                MIGRATION,
+                "IF NEW.owner IS NOT NULL AND NEW.fencing_token > OLD.fencing_token THEN\n            INSERT",
+                "IF NEW.owner IS NOT NULL AND OLD.fencing_token = 0 THEN\n            INSERT",
+            ),
+            Edit(
+                MIGRATION,
+                "WHERE NEW.owner IS NOT NULL AND NEW.fencing_token > OLD.fencing_token;",
+                "WHERE NEW.owner IS NOT NULL AND OLD.fencing_token = 0;",
+            ),
+        ),
+        ("model", "model-postgresql"),
+    ),
+    Mutant(
+        "grant-outlives-lease",
+        "a grant is recorded to have ended when somebody noticed, not when its lease did",
+        (
+            Edit(MIGRATION, "least(statement_timestamp(), OLD.expires_at)", "statement_timestamp()"),
+            Edit(MIGRATION, "min({NOW}, OLD.expires_at)", "{NOW}"),
+        ),
+        ("model", "model-postgresql"),
+    ),
+    Mutant(
         "guard-lets-row-go",
         "the triggers let a lease's row, and its token with it, be deleted",
         (
