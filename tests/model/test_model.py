@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from tests.model import volume
 from tests.model.machine import machine
 from tests.model.product import Product, on_postgresql
 from tests.model.world import World
-from tests.mutants.mutant import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 STEPS = 200_000
 PROCESSES = 2

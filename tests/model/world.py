@@ -66,14 +66,14 @@ class World:
     def compare_all(self) -> None:
         """Compare all rows of all tables, and look at the promises."""
         found = self.product.tables.everything()
+        self.witness.look_at_all(found, self.model.now)  # first: it says which promise is broken
         self._compare(found, tables.everything(self.model))
-        self.witness.look_at_all(found, self.model.now)
 
     def _compare_stream(self, stream_id: str) -> None:
         found = self.product.tables.of(stream_id)
-        self._compare(found, tables.of(self.model, stream_id))
         for row in found["leases"]:
             self.witness.look(row, self.model.now)
+        self._compare(found, tables.of(self.model, stream_id))
 
     def _compare(self, found: tables.Rows, expected: tables.Rows) -> None:
         if found != expected:
@@ -99,14 +99,14 @@ class World:
         self.store.lose(lost)
         refusal, answer = _outcome(of_product)
         self.store.lose(0)
-        expected_refusal, expected = _outcome(lambda: of_model(answer))  # type: ignore[arg-type]  # none if refused
-        if (refusal, answer) != (expected_refusal, expected):
-            raise Mismatch(f"the product says {refusal or answer!r}\nthe model says   {expected_refusal or expected!r}")
-        self.refused = refusal is not None
         for lease in answer if isinstance(answer, list) else [answer]:
             if isinstance(lease, Lease):
                 self.witness.granted(lease)
                 self.touch(lease.stream_id)
+        expected_refusal, expected = _outcome(lambda: of_model(answer))  # type: ignore[arg-type]  # none if refused
+        if (refusal, answer) != (expected_refusal, expected):
+            raise Mismatch(f"the product says {refusal or answer!r}\nthe model says   {expected_refusal or expected!r}")
+        self.refused = refusal is not None
         return answer
 
     def told(self, call: Callable[[], R], transaction: int, lost: int) -> R:
@@ -132,19 +132,14 @@ class World:
             for _, row in rows
         ):
             return None
-        passed = False
 
-        def tried() -> R:
-            nonlocal passed
+        def watched() -> R:
             answer = of_product()
-            passed = True
-            return answer
-
-        answer = self.both(tried, of_model, lost=lost)
-        if passed:
             for lease, row in rows:
                 self.witness.passed(lease, row, now)
-        return answer
+            return answer
+
+        return self.both(watched, of_model, lost=lost)
 
     def move_clock(self, by: timedelta) -> None:
         """Move the database's clock, and the model's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,12 @@ class Run:
     @property
     def caught(self) -> bool:
         return self.verdict == "caught"
+
+    @property
+    def evidence(self) -> str:
+        """The test that failed, or the difference that was seen."""
+        found = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)|^(?:Mismatch|AssertionError): (.{1,70})", self.said, re.M)
+        return "" if found is None else (found[1] or found[2]).replace("|", "¦")
 
 
 def run(layer: str, mutant: Mutant | None) -> Run:
@@ -110,7 +117,7 @@ def main() -> int:
     for number, mutant in enumerate(mutants, start=1):
         print(f"{number:3}/{len(mutants)} {mutant.name} …", end=" ", flush=True)
         runs = try_out(mutant, in_all=given.in_all)
-        print("; ".join(f"{r.layer}: {r.verdict} ({r.seconds:.1f} s)" for r in runs), flush=True)
+        print("; ".join(f"{r.layer}: {r.verdict} ({r.seconds:.1f} s) {r.evidence}" for r in runs), flush=True)
         if given.verbose or not any(r.caught for r in runs):
             print("\n".join(runs[-1].said.splitlines()[-25:]))
         caught = [r for r in runs if r.caught]
@@ -119,7 +126,7 @@ def main() -> int:
             lines.append(f"| {mutant.name} | {mutant.breaks} | **nothing** | | |")
         for r in caught:
             command = f"`{layers.shown(r.layer)}`"
-            lines.append(f"| {mutant.name} | {mutant.breaks} | {r.layer} | {r.seconds:.1f} | {command} |")
+            lines.append(f"| {mutant.name} | {mutant.breaks} | {r.evidence} | {r.seconds:.1f} | {command} |")
     print("\n" + "\n".join(lines))
     print(f"\n{len(mutants) - len(missed)} of {len(mutants)} caught" + (f"; missed: {missed}" if missed else ""))
     return 0 if good and not missed else 1

@@ -10,8 +10,8 @@ import sys
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider")
 
 LAYERS: dict[str, tuple[str, ...]] = {
-    "model": (sys.executable, "-m", "tests.model", "--steps", "40000", "--seed", "1"),
-    "model-postgresql": (sys.executable, "-m", "tests.model", "--steps", "3000", "--seed", "1", "--url", "postgresql"),
+    "model": (sys.executable, "-m", "tests.model", "--steps", "10000", "--seed", "1"),
+    "model-postgresql": (sys.executable, "-m", "tests.model", "--steps", "2000", "--seed", "1", "--url", "postgresql"),
     "keeper": (*PYTEST, "tests/test_keeper.py", "-k", "trust or hangs or locked_row or child"),
     "hypothesis": (*PYTEST, "tests/model", "-k", "hypothesis and sqlite"),
 }
