@@ -95,6 +95,7 @@ class Model:
     grants: dict[str, dict[int, Granted]] = field(default_factory=dict)
     events: dict[str, list[Written]] = field(default_factory=dict)
     checkpoints: dict[str, Position] = field(default_factory=dict)
+    watermarks: dict[str, tuple[int, str]] = field(default_factory=dict)
     workers: dict[str, Process] = field(default_factory=dict)
     audit_lines: list[tuple[datetime, str, str, str | None, int | None, int | None, str | None]] = field(
         default_factory=list
@@ -296,6 +297,18 @@ class Model:
 
     def last_seq(self, log: list[Written]) -> int:
         return log[-1].seq if log else 0
+
+    def advance_watermark(self, lease: Lease) -> None:
+        """A sink that sees no lease takes a token above all that it has seen, or the same of the same owner."""
+        token, owner = self.watermarks.get(lease.stream_id, (-1, lease.owner))
+        if lease.fencing_token < token or (lease.fencing_token == token and lease.owner != owner):
+            raise StaleToken(lease.stream_id, lease.fencing_token, token, owner)
+        self.watermarks[lease.stream_id] = lease.fencing_token, lease.owner
+
+    def protected_write(self, lease: Lease) -> bool:
+        """A row of a protected table carries stream and token, and no owner: is it of a live grant?"""
+        stream = self.streams.get(lease.stream_id)
+        return stream is not None and stream.token == lease.fencing_token and self.live(stream)
 
     # --- workers -----------------------------------------------------------------------------------------------
 

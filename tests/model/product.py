@@ -17,15 +17,20 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from unittest import mock
 
+from sqlalchemy import Connection, MetaData, text
+
 import leases.store
-from leases import EventLog, LeaseStore
+from leases import EventLog, LeaseStore, protect
 from leases.errors import OutcomeUnknown
+from leases.fencing import watermark_table
 from leases.schema import metadata
 from leases.transaction import Call, Options, retry_options, transact
 from tests.clock import START, Clock, PostgresqlClock, standing
 from tests.model.tables import Tables
 
 R = TypeVar("R")
+
+SINKS = ("lease_watermarks", "protected")
 
 
 class TriedStore(LeaseStore):
@@ -86,10 +91,17 @@ class Product:
         if self._template is not None:
             self._template.backup(self.tables.driver)
         else:
-            deletions = "; ".join(f"DELETE FROM {table}" for table in metadata.tables)
+            deletions = "; ".join(f"DELETE FROM {table}" for table in (*metadata.tables, *SINKS))
             # In one transaction, and past the guards.
             self.tables.driver.execute(f"BEGIN; SET LOCAL session_replication_role = replica; {deletions}; COMMIT")
         self.clock.set(START)
+
+
+def _make_sinks(connection: Connection) -> None:
+    """Make a sink's table of watermarks, and a table of the user's that is protected."""
+    watermark_table(MetaData()).create(connection)
+    connection.execute(text("CREATE TABLE protected (stream_id text NOT NULL, fencing_token bigint NOT NULL)"))
+    protect(connection, "protected")
 
 
 def _looker(clock: Clock) -> Any:
@@ -105,6 +117,7 @@ def on_sqlite() -> Iterator[Product]:
         file = Path(directory, "migrated.db")
         with LeaseStore(f"sqlite:///{file}") as store:
             store.migrate()
+            store.run(_make_sinks)
         template = sqlite3.connect(":memory:")
         source = sqlite3.connect(file)
         source.backup(template)
@@ -118,6 +131,7 @@ def on_sqlite() -> Iterator[Product]:
 def on_postgresql(url: str) -> Iterator[Product]:
     """A product on a migrated database of PostgreSQL, which must not be used for anything else: it is emptied."""
     with standing(url) as clock, _hasty(), TriedStore(url) as tried:
+        tried.run(_make_sinks)
         product = Product(tried, clock, None)
         yield product
         product.tables.close()

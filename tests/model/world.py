@@ -127,10 +127,7 @@ class World:
         now = self.model.now
         rows = [(lease, self.product.tables.lease(lease.stream_id)) for lease in leases]
         self.touch(*(lease.stream_id for lease, _ in rows))
-        if self.product.on_postgresql and any(
-            row is not None and row[3] is not None and timedelta(0) < row[3] - now < SHORTEST_ON_POSTGRESQL
-            for _, row in rows
-        ):
+        if any(self.too_short_to_fence(lease) for lease, _ in rows):
             return None
 
         def watched() -> R:
@@ -140,6 +137,12 @@ class World:
             return answer
 
         return self.both(watched, of_model, lost=lost)
+
+    def too_short_to_fence(self, lease: Lease) -> bool:
+        """Whether the server would end our session for real, while its clock stands still for us."""
+        row = self.product.tables.lease(lease.stream_id) if self.product.on_postgresql else None
+        left = timedelta(0) if row is None or row[3] is None else row[3] - self.model.now
+        return timedelta(0) < left < SHORTEST_ON_POSTGRESQL
 
     def move_clock(self, by: timedelta) -> None:
         """Move the database's clock, and the model's."""

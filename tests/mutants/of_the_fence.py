@@ -214,6 +214,15 @@ OF_THE_FENCE = (
         ("tests/test_protection.py",),
     ),
     Mutant(
+        "protect-no-expiry",
+        "the trigger on a user's table lets the rows of an expired lease pass",
+        (
+            Edit("leases/protection.py", " OR coalesce(left_s, 0) <= 0 THEN", " THEN"),
+            Edit("leases/protection.py", " AND expires_at > {SQLITE_NOW})", ")"),
+        ),
+        ("model", "tests/test_protection.py"),
+    ),
+    Mutant(
         "watermark-lets-equal-pass",
         "a sink takes an equal token of another owner",
         (
@@ -223,6 +232,6 @@ OF_THE_FENCE = (
                 "            seen.fencing_token == offered.fencing_token,",
             ),
         ),
-        ("tests/conformance/test_fence.py",),
+        ("model", "tests/conformance/test_fence.py"),
     ),
 )
