@@ -199,35 +199,35 @@ def _events(world: World, stream_id: str, batch: tuple[int, ...]) -> list[tuple[
     return [(f"e{max(1, following + distance)}", [world.steps, place]) for place, distance in enumerate(batch)]
 
 
-def _appended(world: World, grant: Lease, events: list[tuple[str, Any]], known: int, answer: Appended | None) -> None:
-    """Tell the witness which events are new, as the product says: of the log, the last ones."""
-    if answer is None:
-        return
-    new = world.model.events[grant.stream_id][known:]
-    world.accepted += len(new)
-    for event in new:
-        world.witness.accepted_event(grant.stream_id, event.event_id, event.seq, event.recorded_at, event.payload)
+def _accepted(world: World, grant: Lease, events: list[tuple[str, Any]]) -> None:
+    """The product has accepted these events: those that are new are in its log from now on."""
+    rows = {row[2]: row for row in world.product.tables.of(grant.stream_id)["lease_events"]}
+    for event_id, payload in events:
+        if (grant.stream_id, event_id) not in world.witness.accepted:
+            row = rows.get(event_id)
+            assert row is not None, f"6: {event_id} of {grant.stream_id} was accepted, and is not in the log"
+            world.witness.accepted_event(grant.stream_id, event_id, row[1], row[4], payload)
+            world.accepted += 1
 
 
 @rule(110, grant=GRANT, batch=BATCH, checkpoint=CHECKPOINT, lost=LOST)
 def append(world: World, grant: Lease, batch: tuple[int, ...], checkpoint: Any, lost: int) -> None:
     events = _events(world, grant.stream_id, batch)
     offered = [Event(*event) for event in events]
-    known = len(world.model.events.get(grant.stream_id, []))
     answer = world.fenced(
         [grant],
         lambda: world.store.log.append(grant, offered, checkpoint=checkpoint),
         lambda _: world.told(lambda: world.model.append(grant, events, checkpoint=checkpoint), 1, lost),
         lost=lost,
     )
-    _appended(world, grant, events, known, answer)
+    if answer is not None:
+        _accepted(world, grant, events)
 
 
 @rule(20, grants=BATCHED)
 def append_to_several(world: World, grants: list[Lease]) -> None:
     """One transaction under several fences: all that it writes is kept, or nothing."""
     batches = [(grant, _events(world, grant.stream_id, (0,))) for grant in {g.stream_id: g for g in grants}.values()]
-    before = {grant.stream_id: len(world.model.events.get(grant.stream_id, [])) for grant, _ in batches}
 
     def of_product() -> list[Appended]:
         return world.store.run(
@@ -240,8 +240,8 @@ def append_to_several(world: World, grants: list[Lease]) -> None:
         return [world.model.append(grant, events, checkpoint=None) for grant, events in batches]
 
     answers = world.fenced([grant for grant, _ in batches], of_product, of_model)
-    for grant, events in batches:
-        _appended(world, grant, events, before[grant.stream_id], answers[0] if answers else None)
+    for grant, events in batches if answers is not None else []:
+        _accepted(world, grant, events)
 
 
 class Regret(Exception):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the mutants, and run none")
     parser.add_argument("--layer", action="append", metavar="LAYER", help="try these layers, whatever a mutant says")
     parser.add_argument("--in-all", action="store_true", help="go on when a mutant is caught: which layers see it?")
-    parser.add_argument("--no-baseline", action="store_true", help="do not run the layers without a mutant first")
+    parser.add_argument("--no-baseline", action="store_true", help="do not run the layers without a mutant, too")
     parser.add_argument("--verbose", action="store_true", help="show the end of what each layer said")
     given = parser.parse_args()
     try:
@@ -111,9 +112,9 @@ def main() -> int:
         mutant.check()
     if given.layer:
         mutants = [Mutant(m.name, m.breaks, m.edits, tuple(given.layer)) for m in mutants]
-    good = given.no_baseline or _baseline(mutants)
     lines = ["| mutant | what it breaks | caught by | seconds | command |", "| --- | --- | --- | --- | --- |"]
     missed = []
+    used = []
     for number, mutant in enumerate(mutants, start=1):
         print(f"{number:3}/{len(mutants)} {mutant.name} …", end=" ", flush=True)
         runs = try_out(mutant, in_all=given.in_all)
@@ -124,18 +125,20 @@ def main() -> int:
         if not caught:
             missed.append(mutant.name)
             lines.append(f"| {mutant.name} | {mutant.breaks} | **nothing** | | |")
+        used += [r.layer for r in caught]
         for r in caught:
             command = f"`{layers.shown(r.layer)}`"
             lines.append(f"| {mutant.name} | {mutant.breaks} | {r.evidence} | {r.seconds:.1f} | {command} |")
+    good = given.no_baseline or _baseline(dict.fromkeys(used))
     print("\n" + "\n".join(lines))
     print(f"\n{len(mutants) - len(missed)} of {len(mutants)} caught" + (f"; missed: {missed}" if missed else ""))
     return 0 if good and not missed else 1
 
 
-def _baseline(mutants: list[Mutant]) -> bool:
-    """Run each layer without a mutant: one that fails by itself proves nothing."""
+def _baseline(used: Iterable[str]) -> bool:
+    """Run each layer that has caught something without a mutant: one that fails by itself proves nothing."""
     good = True
-    for layer in dict.fromkeys(layer for mutant in mutants for layer in mutant.layers):
+    for layer in used:
         result = run(layer, None)
         print(f"without a mutant: {layer}: {result.verdict} ({result.seconds:.1f} s)", flush=True)
         if result.verdict != "passed":
