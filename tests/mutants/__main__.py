@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,13 +63,15 @@ def run(layer: str, mutant: Mutant | None) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         try:
             said, _ = process.communicate(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
-            process.terminate()  # the layer's own children end with it
-            said, _ = process.communicate()
-            return Run(layer, f"no end in {PATIENCE_S:g} s", PATIENCE_S, said)
+            return Run(layer, f"no end in {PATIENCE_S:g} s", PATIENCE_S, _end(process))
+        except BaseException:
+            _end(process)
+            raise
         took_s = time.monotonic() - began
         if process.returncode == 0:
             verdict = "passed"
@@ -79,6 +82,17 @@ def run(layer: str, mutant: Mutant | None) -> Run:
         else:
             verdict = "caught" if mutant is not None else "failed"
         return Run(layer, verdict, took_s, said)
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """End a layer and its children: first as Ctrl-C does, so that the tests' servers are stopped."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        said, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+    return said
 
 
 def try_out(mutant: Mutant, *, in_all: bool) -> list[Run]:
