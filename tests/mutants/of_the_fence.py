@@ -54,7 +54,7 @@ OF_THE_FENCE = (
                 'select(held.c.stream_id, seconds(held.c.expires_at, now()).label("left_s"))',
             ),
         ),
-        ("tests/postgresql/test_fence.py",),
+        ("tests/postgresql/test_fence.py -k while_it_waited",),
     ),
     Mutant(
         "fence-no-expiry",
@@ -117,13 +117,13 @@ OF_THE_FENCE = (
                 "list[str]()",
             ),
         ),
-        ("tests/postgresql/test_fence.py",),
+        ("tests/postgresql/test_fence.py -k frozen",),
     ),
     Mutant(
         "fence-lengthens-limits",
         "the fence replaces the caller's own, shorter time limits",
         (Edit(FENCING, "and_(left > 0, or_(of_caller == 0, still > left))", "left > 0"),),
-        ("tests/postgresql/test_fence.py",),
+        ("tests/postgresql/test_fence.py -k lengthen",),
     ),
     Mutant(
         "no-unique-index",
