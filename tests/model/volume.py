@@ -9,8 +9,10 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import accumulate
 from typing import Any
 
 from leases.model import Lease
@@ -35,10 +37,14 @@ STORY = 12
 """How many steps a failure tells."""
 
 
+Told = tuple[int, datetime, str, dict[str, Any]]
+"""A step: its number, the time, the rule and its arguments. `tell` writes it down, which costs more than the step."""
+
+
 class Failed(Exception):
     """A step in which the product is not as the model, with what there is to know about it."""
 
-    def __init__(self, seed: int, step: int, story: list[str], why: BaseException) -> None:
+    def __init__(self, seed: int, step: int, story: list[Told], why: BaseException) -> None:
         super().__init__(f"step {step} of seed {seed}: {why}")
         self.seed = seed
         self.step = step
@@ -71,7 +77,7 @@ class Chooser:
         self.latest: dict[str, Lease] = {}
         rules = RULES if seed % SET_BACK_EVERY == 0 else [r for r in RULES if r.name != "the_clock_is_set_back"]
         self._rules = rules
-        self._weights = list(_sums(rule.weight for rule in rules))
+        self._weights = list(accumulate(rule.weight for rule in rules))
 
     def choose(self) -> tuple[Rule, dict[str, Any]]:
         while True:
@@ -98,13 +104,6 @@ class Chooser:
             self.latest.update((lease.stream_id, lease) for lease in things)
 
 
-def _sums(weights: Iterator[int] | Any) -> Iterator[int]:
-    total = 0
-    for weight in weights:
-        total += weight
-        yield total
-
-
 def run(
     product: Product,
     *,
@@ -128,18 +127,16 @@ def run(
 def _epoch(product: Product, steps: int, seed: int, look_every: int, figures: Figures) -> None:
     world = World(product, look_every=look_every)
     chooser = Chooser(seed)
-    story: deque[str] = deque(maxlen=STORY)
+    story: deque[Told] = deque(maxlen=STORY)
     for step in range(1, steps + 1):
         rule, arguments = chooser.choose()
-        at = world.model.now
+        story.append((step, world.model.now, rule.name, arguments))
         try:
             given = world.step(rule.run, arguments)
             if step == steps:
                 world.compare_all()
         except Exception as error:
-            story.append(_told(step, at, rule, arguments))
             raise Failed(seed, step, list(story), error) from error
-        story.append(_told(step, at, rule, arguments))
         if rule.gives is not None:
             chooser.keep(rule.gives, given)
         figures.by_rule[rule.name] += 1
@@ -149,12 +146,7 @@ def _epoch(product: Product, steps: int, seed: int, look_every: int, figures: Fi
     figures.events += world.accepted
 
 
-def _told(step: int, at: Any, rule: Rule, arguments: dict[str, Any]) -> Any:
-    # Told as a tuple: to write it down costs more than the step.
-    return step, at, rule.name, arguments
-
-
-def tell(entry: Any) -> str:
+def tell(entry: Told) -> str:
     """One step, for people."""
     step, at, name, arguments = entry
     return (

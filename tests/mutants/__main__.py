@@ -28,6 +28,11 @@ PATIENCE_S = 300.0
 FAILED = 1
 """The exit code of a layer that found a defect: of pytest, and of the others."""
 
+EVIDENCE = (
+    r"^(?:FAILED|ERROR) \S+?::(\S+)|"
+    r"^(?:Mismatch|AssertionError): (?:the tables differ from the model's:\n)?(.{1,70})"
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,7 +50,7 @@ class Run:
     @property
     def evidence(self) -> str:
         """The test that failed, or the difference that was seen."""
-        found = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)|^(?:Mismatch|AssertionError): (.{1,70})", self.said, re.M)
+        found = re.search(EVIDENCE, self.said, re.M)
         return "" if found is None else (found[1] or found[2]).replace("|", "¦")
 
 

@@ -121,3 +121,19 @@ def test_a_mutant_that_is_caught_is_told_with_the_command() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 caught" in done.stdout
     assert "`python -m pytest -x -q --no-header -p no:cacheprovider tests/test_trust.py`" in done.stdout
+
+
+def test_the_model_says_which_command_repeats_its_failure_and_it_does(tmp_path: Path) -> None:
+    given = environment(find("release-without-token"), tmp_path / "applied")
+    command = ["-m", "tests.model", "--seed", "40", "--steps", "5000"]
+    endings = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=given, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        *_, where, printed = done.stdout.splitlines()
+        endings.append(where)
+        command = printed.split()[1:]
+    assert endings[0] == endings[1]
+    assert "5000" not in command, "it is shorter"
