@@ -1,7 +1,7 @@
 """The rules under a seed, for volume: a hundred thousand steps a minute, and no shrinking.
 
 The steps are cut into epochs, each on empty tables and with a seed of its own, seed + number; so that a failure in the
-millionth step is repeated by a few hundred, from an epoch's beginning. In every eighth epoch the clock may be set back.
+millionth step is repeated by a few hundred, from an epoch's beginning. In every fourth epoch the clock may be set back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REMEMBERED = 60
 LATEST = 0.7
 """How often a grant is the latest of its stream, and not just any that is kept."""
 
-SET_BACK_EVERY = 8
+SET_BACK_EVERY = 4
 STORY = 12
 """How many steps a failure tells."""
 
