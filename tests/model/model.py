@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from leases.errors import StaleToken
-from leases.model import Appended, Lease, Loss, Renewal, Worker
+from leases.model import Appended, Lease, Loss, Membership, Renewal
 
 LONGEST = timedelta(hours=25)
 """The longest TTL and an hour: an expiry further away than this is from before the clock was set back."""
@@ -80,9 +80,10 @@ class Position:
 class Process:
     """A worker on the list."""
 
-    worker: Worker
+    worker: Membership
     started_at: datetime
     expires_at: datetime
+    beaten_at: datetime
     lease_count: int = 0
 
 
@@ -133,6 +134,7 @@ class Model:
             stream.acquired_at,
             stream.pool,
             stream.expires_at - self.now,
+            stream.failures,
         )
 
     # --- how a grant begins and ends ---------------------------------------------------------------------------
@@ -215,7 +217,7 @@ class Model:
         process = self.workers.get(stream.owner or "")
         return stream.owner != claimer and process is not None and not self.past(process.expires_at)
 
-    def renew(self, leases: list[Lease], *, owner: str, ttl: timedelta) -> Renewal:
+    def renew(self, leases: list[Lease], *, owner: str, ttl: timedelta, held: int) -> Renewal:
         """Extend those that are this owner's very grants, and live. Expired is lost. The others say what they are."""
         lost: dict[str, Loss] = {}
         ending = set()
@@ -237,8 +239,13 @@ class Model:
         process = self.workers.get(owner)
         if process is not None:
             process.expires_at = self.now + ttl
-            process.lease_count = len(asked)
-        return Renewal(frozenset(), lost, frozenset(ending), process is not None)
+            process.beaten_at = self.now
+            process.lease_count = held
+        known = {(lease.stream_id, lease.fencing_token) for lease in asked.values()}
+        strays = {
+            s.stream_id for s in self.streams.values() if s.owner == owner and (s.stream_id, s.token) not in known
+        }
+        return Renewal(frozenset(), lost, frozenset(ending), process is not None, frozenset(strays))
 
     def release(self, lease: Lease, *, checkpoint: Any, backoff: timedelta, error: str | None) -> bool:
         """Let this very grant go, also if it has expired. A checkpoint is a fenced write, and so needs a live lease."""
@@ -312,9 +319,11 @@ class Model:
 
     # --- workers -----------------------------------------------------------------------------------------------
 
-    def enlist(self, worker: Worker, *, ttl: timedelta) -> None:
-        """Put a process on the list; one that is there stays as it is, and lives on."""
-        process = self.workers.setdefault(worker.worker_id, Process(worker, self.now, self.now))
+    def enlist(self, worker: Membership, *, ttl: timedelta) -> None:
+        """Put a process on the list; one that is there lives on, as what it says of itself by now."""
+        process = self.workers.setdefault(worker.worker_id, Process(worker, self.now, self.now, self.now))
+        process.worker = worker
+        process.beaten_at = self.now
         process.expires_at = self.now + ttl
 
     def dismiss(self, worker_id: str) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from leases import fence, operations
+from leases import fence, fleet, operations
 from leases.events import append as append_on
 from leases.model import Appended, Event, Lease
 from tests.model.kinds import (
@@ -152,8 +152,8 @@ def renew(world: World, grants: list[Lease], ttl: timedelta, lost: int) -> None:
     batch = [grant for grant in grants if grant.owner == owner]
     world.touch(*(grant.stream_id for grant in batch))
     world.both(
-        lambda: world.store.renew(batch, owner=owner, ttl=ttl),
-        lambda _: world.told(lambda: world.model.renew(batch, owner=owner, ttl=ttl), 1, lost),
+        lambda: world.store.renew(batch, owner=owner, ttl=ttl, held=len(batch)),
+        lambda _: world.told(lambda: world.model.renew(batch, owner=owner, ttl=ttl, held=len(batch)), 1, lost),
         lost=lost,
     )
 
@@ -174,7 +174,7 @@ def release(world: World, grant: Lease, checkpoint: Any, backoff: timedelta, err
 def let_go_expired(world: World, owner: str) -> None:
     world.touch(*world.model.streams)
     world.both(
-        lambda: world.store.run(lambda connection: operations.let_go_expired(connection, owner=owner)),
+        lambda: world.store.run(lambda connection: fleet.let_go_expired(connection, owner=owner)),
         lambda _: world.model.let_go_expired(owner),
     )
 
