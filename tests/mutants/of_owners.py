@@ -95,7 +95,7 @@ OF_OWNERS = (
     Mutant(
         "claim-no-expiry",
         "a claim takes the live leases of an owner that is on no list",
-        (Edit(STATEMENTS, "leases.c.pool == IN_POOL, OPEN, EXPIRED)", "leases.c.pool == IN_POOL, OPEN)"),),
+        (Edit(STATEMENTS, "leases.c.pool == IN_POOL, OPEN, EXPIRED\n", "leases.c.pool == IN_POOL, OPEN\n"),),
         ("model", "tests/conformance/test_claim.py"),
     ),
     Mutant(
@@ -113,13 +113,13 @@ OF_OWNERS = (
     Mutant(
         "claim-ignores-backoff",
         "a claim takes a stream whose backoff is not over",
-        (Edit(STATEMENTS, "            leases.c.available_at <= now(),\n", ""),),
+        (Edit(STATEMENTS, ", OPEN, leases.c.available_at <= now())", ", OPEN)"),),
         ("model", "tests/conformance/test_claim.py"),
     ),
     Mutant(
         "claim-takes-paused",
         "a claim takes the paused and retired streams of a dead owner",
-        (Edit(STATEMENTS, "leases.c.pool == IN_POOL, OPEN, EXPIRED)", "leases.c.pool == IN_POOL, EXPIRED)"),),
+        (Edit(STATEMENTS, "leases.c.pool == IN_POOL, OPEN, EXPIRED\n", "leases.c.pool == IN_POOL, EXPIRED\n"),),
         ("model", "tests/conformance/test_claim.py"),
     ),
     Mutant(
@@ -150,8 +150,8 @@ OF_OWNERS = (
             Edit(STATEMENTS, RENEWABLE, "RENEWABLE = leases.c.owner == HOLDER"),
             Edit(
                 STATEMENTS,
-                "            leases.c.expires_at > now(),\n        )\n        .with_for_update(key_share",
-                "        )\n        .with_for_update(key_share",
+                "_locked_by_key(asked, leases.c.expires_at > now())",
+                "_locked_by_key(asked)",
             ),
         ),
         ("model", "tests/conformance/test_renew.py"),
@@ -180,8 +180,8 @@ OF_OWNERS = (
         (
             Edit(
                 OPERATIONS,
-                "[held[stream_id] for stream_id in missed]) if missed else {}",
-                "[held[stream_id] for stream_id in missed]) if False else {}",
+                "for stream_id in missed], owner) if missed else {}",
+                "for stream_id in missed], owner) if False else {}",
             ),
         ),
         ("model", "tests/conformance/test_renew.py"),
@@ -192,8 +192,8 @@ OF_OWNERS = (
         (
             Edit(
                 STATEMENTS,
-                "    update(leases)\n    .where(MINE)\n",
-                "    update(leases)\n    .where(leases.c.stream_id == STREAM, leases.c.owner == HOLDER)\n",
+                ".where(MINE).returning(*_LET_GO)",
+                ".where(leases.c.stream_id == STREAM, leases.c.owner == HOLDER).returning(*_LET_GO)",
             ),
         ),
         ("model", "tests/conformance/test_release.py"),
@@ -204,8 +204,8 @@ OF_OWNERS = (
         (
             Edit(
                 STATEMENTS,
-                '        available_at=later(bindparam("backoff", type_=Double)),',
-                '        fencing_token=0,\n        available_at=later(bindparam("backoff", type_=Double)),',
+                "        available_at=later(backoff),",
+                "        fencing_token=0,\n        available_at=later(backoff),",
             ),
         ),
         ("model",),
@@ -215,9 +215,9 @@ OF_OWNERS = (
         "what is live in an owner's name is freed together with what has expired",
         (
             Edit(
-                STATEMENTS,
-                'where(leases.c.owner == HOLDER, EXPIRED), "stray")',
-                'where(leases.c.owner == HOLDER), "stray")',
+                "leases/fleet.py",
+                ".where(leases.c.owner == HOLDER, EXPIRED)",
+                ".where(leases.c.owner == HOLDER)",
             ),
         ),
         ("model",),

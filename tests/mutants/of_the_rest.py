@@ -7,8 +7,12 @@ from tests.mutants.mutant import Edit, Mutant
 ADMINISTRATION = "leases/administration.py"
 RECIPES = "leases/recipes.py"
 KEEPER = "leases/keeper.py"
+HEART = "leases/heart.py"
 
-HANDED = "    call = partial(administration.hand_over, to=to, ttl=ttl, claim_id=uuid4(), actor=actor, reason=reason)"
+HANDED = """    call = partial(
+        administration.hand_over, to=to, ttl=ttl, claim_id=uuid5(uuid4(), "steal"), actor=actor, reason=reason
+    )"""
+
 
 OF_THE_REST = (
     Mutant(
@@ -150,7 +154,7 @@ OF_THE_REST = (
         "an enlisted worker that is told to be dismissed stays on the list",
         (
             Edit(
-                "leases/operations.py",
+                "leases/fleet.py",
                 "delete(lease_workers).where(lease_workers.c.worker_id == worker_id)",
                 'delete(lease_workers).where(lease_workers.c.worker_id == "")',
             ),
@@ -215,11 +219,11 @@ OF_THE_REST = (
         "deadline-by-the-beat",
         "a lease's deadline is looked at by the thread whose I/O may hang",
         (
-            Edit(KEEPER, "            self.end_overdue()\n            self._cut_hung_beat()", "            pass"),
+            Edit(HEART, "            self._keeper.end_overdue()\n", ""),
             Edit(
                 KEEPER,
-                "        owner = self._worker.worker_id\n        if not",
-                "        self.end_overdue()\n        owner = self._worker.worker_id\n        if not",
+                "        held = len(leases) if self._counts else None\n",
+                "        self.end_overdue()\n        held = len(leases) if self._counts else None\n",
             ),
         ),
         ("keeper",),
@@ -241,9 +245,9 @@ OF_THE_REST = (
         "a heartbeat that hangs is waited for, for ever",
         (
             Edit(
-                KEEPER,
-                "in_flight[0] >= self.window.interval_s:\n            self._cut_beat()",
-                "in_flight[0] >= self.window.interval_s:\n            pass",
+                HEART,
+                ">= interval_s and self.line.cut():",
+                ">= interval_s and False:",
             ),
         ),
         ("keeper",),
