@@ -5,9 +5,10 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 from tests.mutants.of_owners import OF_OWNERS
 from tests.mutants.of_the_fence import OF_THE_FENCE
+from tests.mutants.of_the_fleet import OF_THE_FLEET
 from tests.mutants.of_the_rest import OF_THE_REST
 
-MUTANTS: tuple[Mutant, ...] = (*OF_THE_FENCE, *OF_OWNERS, *OF_THE_REST)
+MUTANTS: tuple[Mutant, ...] = (*OF_THE_FENCE, *OF_OWNERS, *OF_THE_FLEET, *OF_THE_REST)
 
 
 class UnknownMutant(KeyError):
