@@ -21,7 +21,7 @@ from leases.model import State
 
 KEYS = [
     "events_in_file", "events_in_log", "missing", "duplicated", "stale_accepted", "stale_refused",
-    "takeovers", "takeover_seconds_max", "workers", "streams", "seconds",
+    "takeovers", "takeover_seconds_max", "moved", "joined", "drained", "workers", "streams", "seconds",
 ]  # fmt: skip
 
 COMMAND = [sys.executable, "-m", "leases.cli.demo"]
