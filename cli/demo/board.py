@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,7 +11,7 @@ from typing import Any, Final
 
 from leases.cli.text import plural
 
-SUM_UP_S: Final = 0.3
+SUM_UP_S: Final = 1.0
 """Of streams that move one by one it is told together, once so much time has passed."""
 
 
@@ -67,7 +68,8 @@ class Board:
         self.happenings: list[Happening] = []
         self._began_s = time.monotonic()
         self._holders: dict[str, Seat] = {}
-        self._sums: dict[tuple[str, str], int] = {}
+        self._taken: Counter[tuple[int, int]] = Counter()
+        self._moved: Counter[int] = Counter()
         self._sum_up_at_s = 0.0
 
     @property
@@ -93,11 +95,19 @@ class Board:
         self.happenings.append(Happening(self.elapsed_s, text))
 
     def sum_up(self, *, at_once: bool = False) -> None:
-        """Tell of what has moved, when it is time."""
-        if self._sums and (at_once or self.elapsed_s >= self._sum_up_at_s):
-            for (before, after), count in self._sums.items():
-                self.happenings.append(Happening(self.elapsed_s, f"{before} {plural(count, 'stream')} {after}"))
-            self._sums.clear()
+        """Tell of what has changed hands, when it is time."""
+        if not (self._taken or self._moved) or not (at_once or self.elapsed_s >= self._sum_up_at_s):
+            return
+        texts = [
+            f"worker {taker} took over {plural(count, 'stream')} of worker {former}"
+            for (taker, former), count in self._taken.items()
+        ]
+        if self._moved:
+            shares = ", ".join(f"{count:,} to worker {number}" for number, count in sorted(self._moved.items()))
+            texts.append(f"let go in good order: {shares}")
+        self.happenings += [Happening(self.elapsed_s, text) for text in texts]
+        self._taken.clear()
+        self._moved.clear()
 
     def hear(self, seat: Seat, report: Mapping[str, Any]) -> None:
         """Take a worker's report."""
@@ -117,7 +127,6 @@ class Board:
                 self.tell(f"worker {seat.number}: write to {stream_id} refused: token {token}, current {current}")
             case {"kind": "shed"}:
                 seat.shed += 1
-                self._add(f"worker {seat.number} sheds", "for a fair share")
             case {"kind": "failed", "stream": stream_id, "reason": reason}:
                 self.tell(f"worker {seat.number} failed on {stream_id}, and tries again: {reason}")
             case {"kind": "lost", "stream": stream_id}:
@@ -126,9 +135,9 @@ class Board:
                     seat.outlived.add(stream_id)
             case {"kind": "released", "stream": stream_id}:
                 seat.held.discard(stream_id)
-            case {"kind": "done", "stream": stream_id}:
-                seat.held.discard(stream_id)
-                self.done.add(stream_id)
+            case {"kind": "done", "streams": streams}:
+                seat.held.difference_update(streams)
+                self.done.update(streams)
 
     def struck(self, seat: Seat, state: State, stream_id: str, token: int) -> None:
         """Note that a worker was killed or frozen on the brink of a write."""
@@ -159,17 +168,14 @@ class Board:
     def _granted(self, seat: Seat, stream_id: str) -> None:
         before = self._holders.get(stream_id)
         if before is not None and before is not seat:
+            if not (self._taken or self._moved):
+                self._sum_up_at_s = self.elapsed_s + SUM_UP_S
             if stream_id in before.outlived:
                 before.outlived.discard(stream_id)
                 seat.taken_over += 1
-                self._add(f"worker {seat.number} took over", f"of worker {before.number}")
+                self._taken[seat.number, before.number] += 1
             else:
-                self._add(f"worker {seat.number} got", "that others let go")
+                self._moved[seat.number] += 1
             before.held.discard(stream_id)
         self._holders[stream_id] = seat
         seat.held.add(stream_id)
-
-    def _add(self, before: str, after: str) -> None:
-        if not self._sums:
-            self._sum_up_at_s = self.elapsed_s + SUM_UP_S
-        self._sums[before, after] = self._sums.get((before, after), 0) + 1

@@ -49,7 +49,10 @@ TICK_S: Final = 0.05
 NUDGE_S: Final = 1.0
 """How often a frozen worker that keeps everybody out is woken for a moment."""
 
-START_S: Final = 60.0
+SHARE_S: Final = 15.0
+"""How long, and five TTLs, the workers may take to share the streams before they write."""
+
+START_S: Final = 120.0
 """How long workers may take to start, or to end, without a sign of life."""
 
 QUIET_S: Final = 1.0
@@ -226,8 +229,11 @@ class Crew:
             process.say("begin")
         self._until(lambda: all(process.enlisted for process in first), refresh, START_S)
         self._store.run(lambda connection: ground.offer(connection, self._streams))
-        self._until(lambda: self.board.shared, refresh, START_S)
-        self.board.tell(f"{plural(len(first), 'worker')} have their shares, and begin to write")
+        begin_at_s = (
+            time.monotonic() + SHARE_S + 5 * self._plan.ttl_s
+        )  # a machine may be too slow for it ever to settle
+        self._until(lambda: self.board.shared or time.monotonic() >= begin_at_s, refresh, START_S)
+        self.board.tell(f"all have their shares of {plural(self.board.streams, 'stream')}, and begin to write")
         for process in first:
             fault = self._plan.fault(process.seat.number)
             if fault is not None and process.seat.held:  # else there is nothing to be struck at

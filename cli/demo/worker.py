@@ -50,6 +50,7 @@ class Writer:
         self.poll = timedelta(seconds=orders.poll_s)
         self.brink = Brink(orders.ttl_s, words, report)
         self.enlisted = False
+        self.finished: dict[str, StreamSession] = {}
         self.worker = Worker(
             store,
             self.write_on,
@@ -62,21 +63,31 @@ class Writer:
         )
 
     def write_on(self, session: StreamSession) -> timedelta | None:
-        """Write the next batch of a stream; retire it when it is done. The worker's handler."""
+        """Write the next batch of a stream; when it is done, retire it with others. The worker's handler."""
         if not self.words.work.wait(REST_S):
             return timedelta(0)
         if session.stream_id in self.words.spared:
             return self.poll
+        if session.stream_id in self.finished:
+            self.retire()
+            return None
         self.brink.plan(lambda: sum(self.feed.length(stream_id) for stream_id in self.worker.sessions))
         position = _position(session)
         batch = self.feed.read(session.stream_id, after=position, limit=self.batch)
         if batch and not self.step(session, batch, position + len(batch)):
             return None
         if len(batch) < self.batch:  # there are no more
-            self.store.retire([session.stream_id])
-            self.report("done", stream=session.stream_id)
-            session.stop()  # the worker releases it, with others that have ended
+            self.finished[session.stream_id] = session
+            return self.poll
         return None
+
+    def retire(self) -> None:
+        """Let nobody have what is finished any more, and let the worker release it."""
+        finished, self.finished = self.finished, {}
+        self.store.retire(finished)
+        self.report("done", streams=list(finished))
+        for session in finished.values():
+            session.stop()
 
     def step(self, session: StreamSession, batch: Sequence[Event], position: int) -> bool:
         """Write a batch: the last look, the brink, the write. False if the stream is no longer this worker's."""
