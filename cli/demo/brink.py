@@ -49,11 +49,16 @@ class Brink:
         self._extended_at_s = time.monotonic()
         self._extended.set()
 
+    def granted(self) -> None:
+        """Hear of a lease that begins: of the first share, all do about now."""
+        if self._planned is None:
+            self.extended()
+
     def near(self, size: int) -> bool:
         """Whether the next write, of so many events, is the one; if so, wait for a heartbeat, unless one just was."""
         if self._words.fault is None or self._planned is None or 4 * (self._written + size) <= self._planned:
             return False
-        if time.monotonic() - self._extended_at_s > self._ttl_s / 100:
+        if time.monotonic() - self._extended_at_s > self._ttl_s / 20:
             self._extended.clear()
             self._extended.wait(self._ttl_s / 2)
         return True

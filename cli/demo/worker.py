@@ -121,6 +121,7 @@ class Writer:
                     self.enlisted = True
                     self.report("enlisted")
             case Happening.GRANTED:
+                self.brink.granted()
                 self.report("granted", stream=event.stream_id, token=event.fencing_token)
             case Happening.SHED:
                 self.brink.gave_up(self.feed.length(event.stream_id or ""))
