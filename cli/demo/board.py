@@ -104,7 +104,7 @@ class Board:
         ]
         if self._moved:
             shares = ", ".join(f"{count:,} to worker {number}" for number, count in sorted(self._moved.items()))
-            texts.append(f"let go in good order: {shares}")
+            texts.append(f"moved in good order: {shares}")
         self.happenings += [Happening(self.elapsed_s, text) for text in texts]
         self._taken.clear()
         self._moved.clear()
