@@ -22,6 +22,7 @@ from leases.cli.command import REFUSED, USAGE, Command, Failed, say
 from leases.cli.context import Settings, common_options
 from leases.cli.demo import ground, supervisor, view
 from leases.cli.demo.board import Board
+from leases.cli.demo.plan import Plan, owners
 from leases.cli.demo.proof import Proof, prove
 from leases.cli.demo.source import BadFile, Feed, Source
 from leases.cli.text import plural, shown
@@ -112,7 +113,7 @@ def demo(
     """
     if not math.isfinite(ttl) or ttl < SHORTEST_TTL_S:
         raise ConfigError(f"--ttl must be {SHORTEST_TTL_S:g} seconds or more, up to 24 h, not {ttl:g}")
-    plan = supervisor.Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze, join, drain)
+    plan = Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze, join, drain)
     if kill + freeze + drain >= workers:
         drained = f" and --drain {drain}" if drain else ""
         raise ConfigError(
@@ -162,7 +163,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path, as_json: bool) -> int:
+def _run(source: Source, plan: Plan, url: str | None, directory: Path, as_json: bool) -> int:
     """Run the demo in a directory of its own; show what happens; return the exit code."""
     began_s = time.monotonic()
     console = _Console(stderr=as_json)
@@ -181,15 +182,15 @@ def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path
             say(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}")
         _print(console, f"{source.name}: {plural(events, 'event')} in {plural(len(lengths), 'stream')}")
         _print(console, f"{plural(plan.workers, 'worker')} on {where}, {_fates(plan)}")
-        owners = supervisor.owners(plan.workers + plan.join)
-        board = Board(owners, joiners=plan.join, events=events, streams=len(lengths))
+        names = owners(plan.workers + plan.join)
+        board = Board(names, joiners=plan.join, events=events, streams=len(lengths))
         crew = supervisor.Crew(store, database, feed_file, plan, board, lengths.keys())
         try:
             with view.shown(board, console) as refresh, crew:
                 crew.run(refresh)
         finally:
             with suppress(SQLAlchemyError), store.engine.begin() as connection:  # if not, it expires by itself
-                ground.give_back(connection, owners)
+                ground.give_back(connection, names)
         proof = store.run(
             lambda connection: prove(connection, source.events(), taken.tokens, crew.strikes), read_only=True
         )
@@ -213,7 +214,7 @@ def _take(connection: Connection, stream_ids: Collection[str]) -> ground.Ground:
     return taken
 
 
-def _fates(plan: supervisor.Plan) -> str:
+def _fates(plan: Plan) -> str:
     later = [(plan.join, "more to join"), (plan.drain, "to drain")]
     fates = [(plan.kill, "to kill"), (plan.freeze, "to freeze"), *(fate for fate in later if fate[0])]
     return ", ".join(f"{count} {what}" for count, what in fates)
@@ -223,7 +224,7 @@ def _print(console: Console, text: str) -> None:
     console.print(shown(" ".join(text.split())), markup=False, highlight=False, soft_wrap=True)
 
 
-def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) -> dict[str, int | float]:
+def _figures(proof: Proof, board: Board, plan: Plan, seconds: float) -> dict[str, int | float]:
     return {
         "events_in_file": proof.events_in_file,
         "events_in_log": proof.events_in_log,
@@ -242,7 +243,7 @@ def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) 
     }
 
 
-def _complaints(proof: Proof, crew: supervisor.Crew, plan: supervisor.Plan) -> list[str]:
+def _complaints(proof: Proof, crew: supervisor.Crew, plan: Plan) -> list[str]:
     """What there is to say about a run that was not as it should be."""
     complaints = []
     if not proof.holds:

@@ -20,26 +20,22 @@ stopped when the supervisor is killed.
 
 from __future__ import annotations
 
-import json
 import queue
-import secrets
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from leases import LeaseStore, SchemaOutdated, StoreError, StoreUnavailable, fleet
 from leases.cli.demo import ground
-from leases.cli.demo.board import Board, Seat, State
+from leases.cli.demo.board import Board, State
+from leases.cli.demo.plan import Plan, batch_size
+from leases.cli.demo.process import Frozen, Process, Report
 from leases.cli.demo.proof import Strike
 from leases.cli.demo.wire import Orders
 from leases.cli.text import plural
@@ -58,86 +54,9 @@ START_S: Final = 120.0
 QUIET_S: Final = 1.0
 """When nothing was heard for so long, the database is asked whether there is anything left to do."""
 
-BATCHES: Final = 1000
-"""About how many batches the file is cut into: a short one has small batches, so that there is something to see."""
-
 
 class RunFailed(Exception):
     """The run could not go to its end: a worker ended that nobody struck, or nothing happens any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the run is to be: so many workers, of which some are struck and some asked to leave; and some come later."""
-
-    workers: int
-    ttl_s: float
-    kill: int
-    freeze: int
-    join: int = 0
-    drain: int = 0
-
-    @property
-    def poll_s(self) -> float:
-        """How often a worker looks for streams that were left behind."""
-        return min(0.5, max(0.05, self.ttl_s / 20))
-
-    @property
-    def struck(self) -> int:
-        return self.kill + self.freeze
-
-    def fault(self, number: int) -> str | None:
-        """What is to happen to a worker, by its number from 1. Of few streams the first have some: to be refused."""
-        if number <= self.freeze:
-            return "freeze"
-        return "kill" if number <= self.struck else None
-
-    def leaves(self, number: int) -> bool:
-        """Whether a worker is to be asked to leave."""
-        return self.struck < number <= self.struck + self.drain
-
-    def joins(self, number: int) -> bool:
-        """Whether a worker comes later."""
-        return number > self.workers
-
-
-def batch_size(events: int) -> int:
-    """How many events a worker writes at once: more of a longer file, so that the run ends in reasonable time."""
-    return max(5, min(500, events // BATCHES))
-
-
-@dataclass(slots=True)
-class _Process:
-    """A worker as its supervisor has it."""
-
-    seat: Seat
-    popen: subprocess.Popen[bytes]
-    errors: Path
-    listener: threading.Thread | None = None
-    ready: bool = False
-    enlisted: bool = False
-    finished: bool = False
-    ended: bool = False
-    frozen: _Frozen | None = None
-
-    def say(self, *words: str) -> None:
-        self.write(json.dumps(words))
-
-    def write(self, line: str) -> None:
-        assert self.popen.stdin is not None
-        with suppress(BrokenPipeError):  # it has just ended, and its end will be heard
-            self.popen.stdin.write(line.encode() + b"\n")
-            self.popen.stdin.flush()
-
-
-@dataclass(slots=True)
-class _Frozen:
-    stream_id: str
-    token: int
-    awake_at_s: float
-    look_at_s: float
-    taken: bool = False
-    thawed: bool = False
 
 
 class Crew:
@@ -151,13 +70,13 @@ class Crew:
         self._store = store
         self._plan = plan
         self._streams = streams
-        self._reports: queue.SimpleQueue[tuple[_Process, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[tuple[Process, Report | None]] = queue.SimpleQueue()
         self._heard_at_s = time.monotonic()
         self._look_at_s = 0.0
         self._trouble = ""
-        self._processes: list[_Process] = []
-        self._to_join: list[_Process] = []
-        self._to_leave: list[_Process] = []
+        self._processes: list[Process] = []
+        self._to_join: list[Process] = []
+        self._to_leave: list[Process] = []
         self._hire = (url, feed)
 
     def __enter__(self) -> Self:
@@ -181,43 +100,19 @@ class Crew:
                 feed=str(feed),
                 batch=batch_size(self.board.events),
             )
-            errors = feed.with_name(f"worker-{seat.number}.log")
-            with errors.open("wb") as log:
-                popen = subprocess.Popen(
-                    # -P: a file in the current directory must not stand in for a module.
-                    [sys.executable, "-P", "-m", "leases.cli.demo.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    process_group=0,
-                )
-            process = _Process(seat, popen, errors)
+            process = Process.start(seat, feed.with_name(f"worker-{seat.number}.log"))
             self._processes.append(process)
             process.write(orders.as_line())
-            process.listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
-            process.listener.start()
+            process.listen(lambda process, report: self._reports.put((process, report)))
         self._to_join = [process for process in self._processes if self._plan.joins(process.seat.number)]
         self._to_leave = [process for process in self._processes if self._plan.leaves(process.seat.number)]
-
-    def _listen(self, process: _Process) -> None:
-        assert process.popen.stdout is not None
-        for line in process.popen.stdout:
-            with suppress(ValueError):  # the last line of one that was killed
-                self._reports.put((process, json.loads(line)))
-        self._reports.put((process, None))
 
     def close(self) -> None:
         """Kill what is left, stopped or not, and wait for it. A second call is harmless."""
         for process in self._processes:
             process.popen.kill()
         for process in self._processes:
-            process.popen.wait()
-            if process.listener is not None:
-                process.listener.join()
-            for pipe in (process.popen.stdin, process.popen.stdout):
-                if pipe is not None:
-                    with suppress(OSError):  # what it was told last, it need not hear
-                        pipe.close()
+            process.clear_away()
 
     # --- the run -----------------------------------------------------------------------------------------------
 
@@ -260,7 +155,7 @@ class Crew:
             if time.monotonic() - self._heard_at_s > patience_s:
                 raise RunFailed(f"no worker has done anything for {patience_s:g} s{self._trouble}; gave up")
 
-    def _hear(self, process: _Process, report: dict[str, Any] | None) -> None:
+    def _hear(self, process: Process, report: Report | None) -> None:
         if report is None:
             self._heard_at_s = time.monotonic()
             self._ended(process)
@@ -317,7 +212,7 @@ class Crew:
         self._look_at_s = now_s + TICK_S
         return self._store.run(ground.unfinished, read_only=True) == 0
 
-    def _ask_to_leave(self, process: _Process) -> bool:
+    def _ask_to_leave(self, process: Process) -> bool:
         """Ask a worker to drain, as an operator would; False if that is to be tried again."""
         owner = process.seat.owner
         try:
@@ -336,7 +231,7 @@ class Crew:
             with connection.execution_options(**{BUSY_OPTION: 300}).begin():
                 yield connection
 
-    def _ended(self, process: _Process) -> None:
+    def _ended(self, process: Process) -> None:
         code = process.popen.wait()
         process.ended = True
         if process.seat.state is State.KILLED:
@@ -344,14 +239,11 @@ class Crew:
         if process.finished and code == 0:
             self.board.ended(process.seat)
             return
-        said = process.errors.read_text(errors="replace").strip().splitlines()
-        raise RunFailed(
-            f"worker {process.seat.number} ended by itself (exit {code}): {said[-1] if said else 'no word'}"
-        )
+        raise RunFailed(f"worker {process.seat.number} ended by itself (exit {code}): {process.last_words()}")
 
     # --- the strikes -------------------------------------------------------------------------------------------
 
-    def _strike(self, process: _Process, fault: str, stream_id: str, token: int) -> None:
+    def _strike(self, process: Process, fault: str, stream_id: str, token: int) -> None:
         self.strikes.append(Strike(process.seat.owner, self._store.run(ground.clock, read_only=True)))
         if fault == "kill":
             process.popen.kill()
@@ -359,13 +251,13 @@ class Crew:
             self.board.struck(process.seat, State.KILLED, stream_id, token)
             return
         now_s = time.monotonic()
-        process.frozen = _Frozen(stream_id, token, now_s, now_s + 0.2)
+        process.frozen = Frozen(stream_id, token, now_s, now_s + 0.2)
         for other in self._processes:
             if other is not process:
                 other.say("spare", stream_id)
         self.board.struck(process.seat, State.FROZEN, stream_id, token)
 
-    def _let_resume(self, process: _Process) -> None:
+    def _let_resume(self, process: Process) -> None:
         """Let whoever has the stream of a thawed worker go on, after that worker's write."""
         if process.frozen is not None:
             for other in self._processes:
@@ -373,13 +265,13 @@ class Crew:
                     other.say("resume", process.frozen.stream_id)
             process.frozen = None
 
-    def _look_for_takeovers(self, claimer: _Process, stream_id: str, token: int) -> None:
+    def _look_for_takeovers(self, claimer: Process, stream_id: str, token: int) -> None:
         for process in self._processes:
             frozen = process.frozen
             if frozen is not None and process is not claimer:
                 frozen.taken |= stream_id == frozen.stream_id and token > frozen.token
 
-    def _tend(self, process: _Process, frozen: _Frozen) -> None:
+    def _tend(self, process: Process, frozen: Frozen) -> None:
         """Thaw a frozen worker if it is time; wake it for a moment if it keeps the others out."""
         now_s = time.monotonic()
         if frozen.taken:
@@ -403,12 +295,6 @@ class Crew:
                 return True
         except SQLAlchemyError:
             return False
-
-
-def owners(workers: int) -> list[str]:
-    """Names for the workers of a run, which no other run has. Of few streams, those whose names come first get one."""
-    run = secrets.token_hex(3)
-    return [f"demo-{run}-worker-{number:02}" for number in range(1, workers + 1)]
 
 
 def _failure(kind: str, error: str) -> Exception:

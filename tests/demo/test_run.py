@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import Row, select
 
 from leases import LeaseStore
-from leases.cli.demo import supervisor
 from leases.cli.demo.ground import POOL
+from leases.cli.demo.plan import batch_size
 from leases.model import State
 from leases.schema import lease_grants
 
@@ -298,4 +298,4 @@ def test_workers_do_not_outlive_a_supervisor_that_was_killed(frozen: subprocess.
 
 
 def test_a_longer_file_is_written_in_longer_batches() -> None:
-    assert [supervisor.batch_size(events) for events in (1, 6099, 50_000, 10_000_000)] == [5, 6, 50, 500]
+    assert [batch_size(events) for events in (1, 6099, 50_000, 10_000_000)] == [5, 6, 50, 500]
