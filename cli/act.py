@@ -101,6 +101,7 @@ def steal(
         if info.state in (State.PAUSED, State.RETIRED):  # the store would find out only after ending the lease
             undo = "resume" if info.state is State.PAUSED else "register"
             raise Failed(REFUSED, f"{stream!r} is {info.state}; run `leases {undo}` first")
+        _warn_of_a_stranger(store, to)
         ask(yes, _describe(info), f"Give it to {to} for {duration(ttl)}, on {where(store)}?")
         lease = store.steal(
             stream,
@@ -120,6 +121,13 @@ def steal(
             f"{stream}: {to} holds it for {duration(lease.remaining)}, token {lease.fencing_token}; "
             f"before: {info.owner or 'nobody'}, token {info.fencing_token}"
         )
+
+
+def _warn_of_a_stranger(store: LeaseStore, name: str) -> None:
+    """Say so if nobody who is known to be alive has the name: a typing error, or an owner that is on no list."""
+    alive = [info.worker_id for info in store.workers() if info.live]
+    if alive and name not in alive:
+        say(f"no live worker is called {name!r} (alive: {', '.join(alive[:5])}); if nobody is, the lease just expires")
 
 
 @click.command(

@@ -148,13 +148,18 @@ class Duration(ParamType):
 
     name = "duration"
 
-    def __init__(self, check: Callable[[timedelta], timedelta] | None = None, *, zero: bool = False) -> None:
+    def __init__(
+        self, check: Callable[[timedelta], timedelta] | None = None, *, zero: bool = False, unit: bool = False
+    ) -> None:
         self._check = check
         self._zero = zero
+        self._unit = unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
         if isinstance(value, timedelta):
             return value
+        if self._unit and str(value).strip().replace(".", "", 1).isdigit():
+            self.fail(f"{value!r} of what? write {value}d, {value}h, {value}m or {value}s", param, ctx)
         read = parse_duration(str(value))
         if read is None or (self._check is None and not read and not self._zero):
             least = "0 or more" if self._zero else "more than 0"
@@ -195,6 +200,7 @@ POOL = Named("pool", limits.pool)
 REASON = Named("text", _text("reason"))
 TTL = Duration(limits.ttl)
 PAUSE = Duration()
+AGE = Duration(unit=True)
 PAUSE_OR_NONE = Duration(zero=True)
 
 

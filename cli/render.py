@@ -237,7 +237,7 @@ def worker_table(found: Sequence[WorkerInfo], shares: Mapping[str, int]) -> Tabl
             (
                 cell(info.worker_id),
                 cell(_state(info), WORKER_STYLES[_state(info)]),
-                cell(f"{info.lease_count:,}"),
+                cell(f"{info.lease_count:,}" if info.live else "-"),
                 cell(f"{shares[info.worker_id]:,}" if info.live and info.worker_id in shares else "-"),
                 cell("-" if info.capacity is None else f"{info.capacity:,}"),
                 cell("" if info.beaten_at is None else ago(info.beaten_at, info.seen_at)),

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, select
 from leases import administration, operations
 from leases.cli.command import REFUSED, Command, say
 from leases.cli.context import (
-    PAUSE,
+    AGE,
     POOL,
     REASON,
     STREAM,
@@ -187,7 +187,7 @@ def _each(settings: Settings, streams: Sequence[str], act: Callable[[LeaseStore,
 
 
 @click.command("prune", cls=Command, example="leases prune --older-than 30d")
-@click.option("--older-than", type=PAUSE, required=True, metavar="AGE", help="30d, 12h, 90m or 45s.")
+@click.option("--older-than", type=AGE, required=True, metavar="AGE", help="30d, 12h, 90m or 45s.")
 @yes_option
 @common_options
 @click.pass_obj

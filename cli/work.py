@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -27,6 +28,8 @@ from leases.worker import Worker
 
 RETRY_FOR = timedelta(seconds=10)
 
+LEVELS = ("debug", "info", "warning", "error")
+
 TOLD = {
     Happening.FAILED: "the handler failed on {stream}, which rests: {reason}",
     Happening.STALLED: "the handler of {stream} stalls: it {reason}",
@@ -37,6 +40,7 @@ TOLD = {
 """What is worth a line of its own; grants and releases are counted."""
 
 COUNT_EVERY_S = 1.0
+WAITED_LONG_S = 5.0
 
 
 @click.command(
@@ -63,6 +67,7 @@ leases work feeds:poll --streams - --capacity 50
     "--drain-timeout", type=PAUSE_OR_NONE, default="30s", show_default=True, help="How long handlers may take to end."
 )
 @click.option("--quiet", "-q", is_flag=True, help="Say only what goes wrong.")
+@click.option("--log", "log_level", type=click.Choice(LEVELS), help="Also the log, with failing handlers' tracebacks.")
 @common_options
 @click.pass_obj
 def work(
@@ -79,6 +84,7 @@ def work(
     stall_timeout: timedelta | None,
     drain_timeout: timedelta,
     quiet: bool,
+    log_level: str | None,
 ) -> None:
     """Run a worker: share the streams of a pool with other workers, and call a handler for each of ours.
 
@@ -87,6 +93,10 @@ def work(
     `session.stopping`. TERM or INT, or `leases drain`, let it finish what it has in hand, release all, and end; a
     second signal ends at once.
     """
+    if log_level is not None:
+        logging.basicConfig(
+            level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
     call = _load(handler)
     given = None if streams is None else _streams(streams)
     told = _Told(as_json=settings.json, quiet=quiet)
@@ -168,6 +178,7 @@ class _Told:
         self._json = as_json
         self._quiet = quiet
         self._since: Counter[Happening] = Counter()
+        self._held = False
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._worker: Worker | None = None
@@ -192,6 +203,7 @@ class _Told:
             return
         with self._lock:
             self._since[event.happening] += event.count
+            self._held |= event.happening is Happening.GRANTED
         if event.happening is Happening.STARTED and not self._quiet and self._worker is not None:
             say(f"{event.owner} works on pool {self._worker.registry.pool!r}; INT or TERM drains it")
         line = TOLD.get(event.happening)
@@ -202,8 +214,14 @@ class _Told:
             say(f"{event.owner} has ended")
 
     def _count_on(self) -> None:
+        waited_s = 0.0
         while not self._over.wait(COUNT_EVERY_S):
             self._count()
+            waited_s += COUNT_EVERY_S
+            if waited_s == WAITED_LONG_S and self._worker is not None and not (self._held or self._quiet or self._json):
+                say(
+                    f"holds no stream yet: none is free in pool {self._worker.registry.pool!r}; `leases list` shows all"
+                )
 
     def _count(self) -> None:
         with self._lock:

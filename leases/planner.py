@@ -16,6 +16,7 @@ the fence from then on.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import random
 import threading
@@ -103,6 +104,8 @@ class Planner:
         self._plan_at_s = self._discover_at_s = now_s
         self._planned_at_s = now_s - terms.poll_s
         self._spread = self._dice.uniform(0.5, 1.0)
+        self._enforce_at_s = math.inf if terms.stall_s is None else now_s
+        self._back_at_s = self._awake_since_s = now_s
         self._bury_at_s = now_s + BURY_EVERY_S * self._dice.random()
 
     # --- what happens elsewhere, on any thread -----------------------------------------------------------------------
@@ -116,13 +119,15 @@ class Planner:
         if self.draining:
             session.stop()
         self.runner.begin(run)
+        if self.draining:
+            self._ask_to_end(run, self.registry.now_s())
 
     def stopping(self, session: StreamSession) -> None:
         """Hear that a session is to end in good order: its stream was paused or retired."""
         run = self._runs.get(session)
         if run is not None:
-            run.stop_by_s = self.registry.now_s() + self._terms.drain_s
-            self.runner.stop(run)
+            self._ask_to_end(run, self.registry.now_s())
+            self._wake()
 
     def lost(self, session: StreamSession, loss: Loss) -> None:
         """Hear that a session is lost: its work is to end at once."""
@@ -159,7 +164,7 @@ class Planner:
             self._terms = replace(self._terms, drain_s=0.0)
             with self._lock:
                 for run in self._runs.values():
-                    run.stop_by_s = self.registry.now_s()
+                    run.stop_by_s = self._enforce_at_s = self.registry.now_s()
         self._wake()
 
     @property
@@ -178,9 +183,12 @@ class Planner:
     def tick(self) -> float:
         """Do what is to be done now; return the seconds until there may be more. Raises what the store raises."""
         now_s = self.registry.now_s()
+        if now_s - self._back_at_s > self.registry.ttl.total_seconds() / 2:
+            self._awake_since_s = now_s  # the process stood still, and so did all that it would judge
         if self._drain_asked and not self.draining:
             self._begin_drain(now_s)
-        self._enforce(now_s)
+        if now_s >= self._enforce_at_s:
+            self._enforce(now_s)
         self._collect()
         if self.draining:
             if not self._drain_told:
@@ -195,17 +203,15 @@ class Planner:
             self._find_streams(now_s)
             self._mend()
             self._balance(now_s)
-        return self._until_next_s()
+        pause_s = self._until_next_s()
+        self._back_at_s = self.registry.now_s() + pause_s
+        return pause_s
 
     def _until_next_s(self) -> float:
         now_s = self.registry.now_s()
-        moments = [self._plan_at_s if not self.draining else now_s + self._terms.poll_s]
-        with self._lock:
-            moments += [run.stop_by_s for run in self._runs.values() if run.stop_by_s is not None and not run.abandoned]
+        moments = [self._plan_at_s if not self.draining else now_s + self._terms.poll_s, self._enforce_at_s]
         if self._owed:
             moments.append(now_s + RELEASE_AGAIN_S)
-        if self._terms.stall_s is not None:
-            moments.append(now_s + self._terms.stall_s / 4)
         return max(0.0, min(moments) - now_s)
 
     # --- endings ---------------------------------------------------------------------------------------------------
@@ -246,6 +252,9 @@ class Planner:
         """End the sessions of handlers that stall, or that were asked to end and have not."""
         with self._lock:
             runs = [run for run in self._runs.values() if not run.abandoned]
+            asked = [run.stop_by_s for run in runs if run.stop_by_s is not None and run.stop_by_s > now_s]
+            stall_s = self._terms.stall_s
+            self._enforce_at_s = min([math.inf if stall_s is None else now_s + stall_s / 4, *asked])
         for run in runs:
             if run.stop_by_s is not None and now_s >= run.stop_by_s:
                 self._give_up(run, Loss.OVERDUE, f"did not end within {self._terms.drain_s:g} s")
@@ -286,8 +295,10 @@ class Planner:
 
     def _ask_to_end(self, run: Run, now_s: float) -> None:
         run.session.stop()
-        if run.stop_by_s is None:
-            run.stop_by_s = now_s + self._terms.drain_s
+        with self._lock:
+            if run.stop_by_s is None:
+                run.stop_by_s = now_s + self._terms.drain_s
+                self._enforce_at_s = min(self._enforce_at_s, run.stop_by_s)
         self.runner.stop(run)
 
     # --- streams ---------------------------------------------------------------------------------------------------
@@ -350,7 +361,10 @@ class Planner:
 
     def _limit_to_threads(self, held: int) -> None:
         """Take no more streams than there are threads, if handlers keep them for good: others would never have one."""
-        threads = self.runner.starving(self.registry.ttl.total_seconds())
+        ttl_s = self.registry.ttl.total_seconds()
+        if self.registry.now_s() - self._awake_since_s < 2 * ttl_s:
+            return  # what seems to last long may have stood still
+        threads = self.runner.starving(ttl_s)
         if threads is None or (self.capacity is not None and self.capacity <= threads):
             return
         logger.warning(
@@ -386,8 +400,11 @@ class Planner:
         return min(enough, max(0, self.capacity - held) * workers + 1)
 
     def _shed(self, staying: list[Run], count: int, now_s: float) -> None:
-        """Ask so many sessions to end: those first that are not in a call, and of them the latest."""
-        staying.sort(key=lambda run: (run.began_s is not None, -run.session.granted_at_s))
+        """Ask so many sessions to end: those first that are not in a call, and of them the latest.
+
+        What an operator has moved here comes last: it would go back to where it came from.
+        """
+        staying.sort(key=lambda run: (run.session.moved_here, run.began_s is not None, -run.session.granted_at_s))
         for run in staying[:count]:
             self.tell(Happening.SHED, run.session)
             logger.info("shed: %s", run.session.stream_id, extra=_fields(run.session))

@@ -269,8 +269,9 @@ class SessionRegistry:
 
     # --- what happens to sessions ----------------------------------------------------------------------------------
 
-    def _opened(self, lease: Lease, sent_at_s: float) -> StreamSession:
+    def _opened(self, lease: Lease, sent_at_s: float, *, moved_here: bool = False) -> StreamSession:
         session = StreamSession(self, lease)
+        session.moved_here = moved_here
         displaced = self.sessions.get(lease.stream_id)
         if displaced is not None:  # its lease had ended, and we are the first to know
             self.keeper.lose(displaced.lease, Loss.TAKEN)
@@ -292,7 +293,7 @@ class SessionRegistry:
 
     def _adopted(self, lease: Lease, sent_at_s: float) -> None:
         with suppress(ConfigError):  # closed meanwhile
-            self._opened(lease, sent_at_s)
+            self._opened(lease, sent_at_s, moved_here=True)
 
     def _renewed(self, leases: Collection[Lease]) -> None:
         if self._on_renewed is not None:

@@ -40,6 +40,8 @@ class StreamSession:
         """Set when the session should end: it was lost, its stream paused, retired or shed. Finish, and close."""
         self.granted_at_s = self.moved_at_s = registry.now_s()
         """When its work last moved on, by this process's clock: it wrote something, or called `progress`."""
+        self.moved_here = False
+        """Whether an operator has moved the stream to this process."""
         self.wrote = 0
         """How often it has written under the fence."""
         self._registry = registry

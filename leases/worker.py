@@ -49,6 +49,7 @@ from leases.registry import DEFAULT_TTL, SessionRegistry
 from leases.runner import Handler, TaskRunner, ThreadRunner, is_async
 from leases.session import StreamSession
 from leases.store import LeaseStore
+from leases.trust import monotonic
 
 logger = logging.getLogger("leases")
 
@@ -59,6 +60,9 @@ CLOSING_S = 5.0
 """How long, beyond the drain timeout, a worker tries to reach the database to release what it has."""
 
 MOST_RETRY_S = 5.0
+
+SAME_SIGNAL_S = 1.0
+"""A second signal ends a worker at once, if it comes later than this after the first."""
 
 
 class Worker:
@@ -258,11 +262,14 @@ class Worker:
             yield
             return
 
+        heard_at_s: list[float] = []
+
         def hear(number: int, _: FrameType | None) -> None:
-            logger.info(
-                "%s: %s", signal.Signals(number).name, "draining" if not self._stop_asked else "stopping at once"
-            )
-            self._planner.drain(at_once=self._stop_asked)
+            # Some send a signal twice, to the process and to its group: that is one.
+            again = self._stop_asked and not (heard_at_s and monotonic() - heard_at_s[0] < SAME_SIGNAL_S)
+            heard_at_s.append(monotonic())
+            logger.info("%s: %s", signal.Signals(number).name, "stopping at once" if again else "draining")
+            self._planner.drain(at_once=again)
             self._stop_asked = True
 
         before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -146,6 +146,8 @@ def test_the_lease_is_not_released_while_the_leaders_work_still_runs(candidate: 
     campaign.election.stop()
     assert campaign.leadership is not None
     assert campaign.leadership.stopping.is_set()
+    campaign.thread.join(0.5)
+    assert campaign.thread.is_alive()
     assert campaign.election.leader() == "one"
     let_go.set()
     campaign.thread.join(SOON_S)

@@ -632,6 +632,19 @@ def test_a_claim_whose_answer_was_lost_is_adopted(
         assert {session.token for session in worker.sessions.values()} == {1}
 
 
+def test_what_an_operator_moves_to_a_worker_stays_there_though_it_has_its_share(store: LeaseStore, seen: Seen) -> None:
+    streams = [f"s{number}" for number in range(6)]
+    with (
+        Worker(store, idle, streams=streams, name="one", poll_interval=POLL, on_event=seen) as one,
+        Worker(store, idle, name="two", poll_interval=POLL) as two,
+    ):
+        until(lambda: len(one.sessions) == len(two.sessions) == 3, "they share")
+        moved = next(iter(one.sessions))
+        token = store.steal(moved, to="two", ttl=timedelta(seconds=60), actor="op").fencing_token
+        until(lambda: len(one.sessions) == len(two.sessions) == 3 and moved in two.sessions, "they share again")
+        assert two.sessions[moved].token == token
+
+
 def test_what_was_lost_is_not_adopted(store: LeaseStore) -> None:
     with Worker(store, idle, streams=["a"], name="w1", poll_interval=POLL) as worker:
         until(lambda: "a" in worker.sessions, "it has it")
