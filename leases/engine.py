@@ -10,7 +10,9 @@ What the engines made here guarantee:
 
 from __future__ import annotations
 
+import functools
 import re
+import select
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -20,10 +22,11 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakKeyDictionary
 
+import psycopg
 from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy import create_engine as sqlalchemy_create_engine
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.asyncio import create_async_engine as sqlalchemy_create_async_engine
 from sqlalchemy.pool import QueuePool
@@ -172,7 +175,7 @@ def _arguments(url: URL, colour: int, options: dict[str, Any]) -> tuple[URL, dic
             options = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, **options}
     else:
         url, connect = _for_postgresql(url)
-        options = {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, **options}
+        options = {"isolation_level": "READ COMMITTED", **options}
     return url, {**options, "connect_args": {**connect, **options.get("connect_args", {})}}
 
 
@@ -213,6 +216,24 @@ def _prepare(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_pragmas)
         event.listen(engine, "begin", begin_immediate)
+    else:
+        event.listen(engine, "checkout", functools.partial(_replace_closed, engine.dialect))
+
+
+def _replace_closed(dialect: Dialect, connection: Any, record: Any, _proxy: object) -> None:
+    """Have the pool replace a connection whose session the server has ended.
+
+    Asks the socket, which costs no round trip: a server that has ended a session has said so. If it has said anything,
+    it is asked. One that vanished without a word is found by the next statement, as it would be by the question that
+    `pool_pre_ping` asks each time.
+    """
+    try:
+        poller = select.poll()
+        poller.register(record.driver_connection.fileno(), select.POLLIN)
+        if poller.poll(0):
+            dialect.do_ping(connection)
+    except (psycopg.Error, OSError) as error:
+        raise InvalidatePoolError(f"this connection is of no use: {error}") from None
 
 
 def as_writer(engine: Engine) -> Engine:
