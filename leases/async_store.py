@@ -64,7 +64,7 @@ class AsyncLeaseStore:
     ) -> None:
         self.base_engine = database if isinstance(database, AsyncEngine) else create_async_engine(database)
         self.closes_engine = not isinstance(database, AsyncEngine)
-        self.engine = AsyncEngine(own(self.base_engine.sync_engine, schema))
+        self.engine = AsyncEngine(own(self.base_engine.sync_engine, schema, retry_for))
         self.url = self.engine.url
         self.schema = schema
         self.retry_for = retry_for

@@ -11,7 +11,8 @@ Most are SQL constructs that compile to each engine's own words, so that `statem
 | `one_of(c, rows)` | `c = ANY (ARRAY(rows))` | `c IN (rows)` |
 | `notified(text)` | `pg_notify` of it, heard when the transaction commits | nothing: there they ask in time |
 | `durably()` | turns `synchronous_commit` on where it is off | nothing: see the pragmas in `engine` |
-| `grants_asked`, `events_offered` | arrays, unnested | one JSON text, by `json_each` |
+| `grants_asked` | arrays, unnested | one JSON text, by `json_each` |
+| `events_offered` | one JSON text, by `json_array_elements` | one JSON text, by `json_each` |
 
 Why those clocks: `now()` of PostgreSQL freezes at the start of the caller's transaction, which would shorten a
 lease by all the time that the transaction took before. `clock_timestamp()` is VOLATILE, which distributed engines
@@ -26,6 +27,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     ColumnElement,
     Connection,
@@ -38,6 +40,7 @@ from sqlalchemy import (
     column,
     func,
     literal,
+    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -300,13 +303,17 @@ def endings_given(dialect: str, endings: Iterable[Ending]) -> Mapping[str, Any]:
 def events_offered(dialect: str) -> FromClause:
     """A batch of events as rows `(event_id, payload, position)`; its parameters come from `events_given`."""
     if dialect == POSTGRESQL:
-        offered = (
-            func.unnest(bindparam("event_ids", type_=ARRAY(Text)), bindparam("payloads", type_=ARRAY(Text)))
-            .table_valued(column("event_id", Text), column("text", Text), with_ordinality="position", name="given")
+        # One text, not an array of texts: psycopg escapes an array's elements in Python, one by one. And json, whose
+        # elements may be as long as any: a whole jsonb array has at most 256 MiB.
+        given = (
+            func.json_array_elements(cast(bindparam("events", type_=Text), JSON))
+            .table_valued(column("pair", JSON), with_ordinality="position", name="given")
             .render_derived()
         )
         rows: Select[Any] = select(
-            offered.c.event_id, cast(offered.c.text, Document).label("payload"), offered.c.position
+            given.c.pair.op("->>", return_type=Text())(literal_column("0")).label("event_id"),
+            cast(given.c.pair.op("->")(literal_column("1")), Document).label("payload"),
+            given.c.position,
         )
     else:
         each = func.json_each(bindparam("events", type_=Text)).table_valued("key", "value", name="each")
@@ -321,7 +328,7 @@ def events_offered(dialect: str) -> FromClause:
 def events_given(dialect: str, events: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
     """The parameters of `events_offered`, from pairs of event_id and payload as JSON text."""
     if dialect == POSTGRESQL:
-        return {"event_ids": [pair[0] for pair in events], "payloads": [pair[1] for pair in events]}
+        return {"events": f"[{','.join(f'[{json.dumps(event_id)},{payload}]' for event_id, payload in events)}]"}
     return {"events": json.dumps(events)}
 
 

@@ -2,16 +2,19 @@
 
 What the engines made here guarantee:
 
-- SQLite: `synchronous=FULL` (a token that somebody was told survives a power cut), a busy timeout, and every
-  transaction begins with BEGIN IMMEDIATE: one that turned to writing later would fail at once, whatever the timeout.
+- SQLite: `synchronous=FULL` (a token that somebody was told survives a power cut), and every transaction waits for
+  its turn and begins with BEGIN IMMEDIATE: one that turned to writing later would fail at once, however it waits.
 - PostgreSQL: the psycopg driver, a connect timeout, keepalives and `tcp_user_timeout`, so that a dead server is found.
 - No output ever shows a password: `describe` names a database without one, and statements' values are hidden.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import select
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +22,11 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakKeyDictionary
 
+import psycopg
 from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy import create_engine as sqlalchemy_create_engine
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.asyncio import create_async_engine as sqlalchemy_create_async_engine
 from sqlalchemy.pool import QueuePool
@@ -32,13 +36,27 @@ from leases.errors import ConfigError
 BUSY_TIMEOUT_MS = 5000
 """How long a SQLite transaction waits for another one to end."""
 
+POLL_MS = 20
+"""How long SQLite itself waits, before `begin_immediate` begins to wait anew.
+
+SQLite looks again after 1 ms, then less and less often: after a tenth of a second only ten times in each. Among many
+writers, those who have waited longest so wait on, while whoever comes or has just been finds the file free. Who begins
+anew every so often looks as often as all others.
+"""
+
+_POLLS = "leases_polls"
+"""Marks a SQLite connection whose busy timeout is POLL_MS: one of an Engine that was made here."""
+
 SQLITE_OPTIONS = frozenset(
     {"cached_statements", "check_same_thread", "detect_types", "isolation_level", "timeout", "uri"}
 )
 """What a SQLite URL may ask of the driver."""
 
 BUSY_OPTION = "leases_busy_timeout_ms"
-"""The execution option that sets another busy timeout for one connection."""
+"""The execution option that sets for one connection how long it waits: not BUSY_TIMEOUT_MS."""
+
+PATIENCE_OPTION = "leases_patience_ms"
+"""The execution option of an Engine made here: how long its transactions wait where BUSY_OPTION does not say it."""
 
 READ_OPTION = "leases_read_only"
 """The execution option of a connection that only reads: on SQLite it waits for no writer."""
@@ -157,7 +175,7 @@ def _arguments(url: URL, colour: int, options: dict[str, Any]) -> tuple[URL, dic
             options = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, **options}
     else:
         url, connect = _for_postgresql(url)
-        options = {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, **options}
+        options = {"isolation_level": "READ COMMITTED", **options}
     return url, {**options, "connect_args": {**connect, **options.get("connect_args", {})}}
 
 
@@ -198,6 +216,24 @@ def _prepare(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_pragmas)
         event.listen(engine, "begin", begin_immediate)
+    else:
+        event.listen(engine, "checkout", functools.partial(_replace_closed, engine.dialect))
+
+
+def _replace_closed(dialect: Dialect, connection: Any, record: Any, _proxy: object) -> None:
+    """Have the pool replace a connection whose session the server has ended.
+
+    Asks the socket, which costs no round trip: a server that has ended a session has said so. If it has said anything,
+    it is asked. One that vanished without a word is found by the next statement, as it would be by the question that
+    `pool_pre_ping` asks each time.
+    """
+    try:
+        poller = select.poll()
+        poller.register(record.driver_connection.fileno(), select.POLLIN)
+        if poller.poll(0):
+            dialect.do_ping(connection)
+    except (psycopg.Error, OSError) as error:
+        raise InvalidatePoolError(f"this connection is of no use: {error}") from None
 
 
 def as_writer(engine: Engine) -> Engine:
@@ -213,12 +249,13 @@ def as_writer(engine: Engine) -> Engine:
     return own
 
 
-def _set_pragmas(connection: Any, _record: Any) -> None:
+def _set_pragmas(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself
     cursor = connection.cursor()
-    for pragma in (f"busy_timeout = {BUSY_TIMEOUT_MS}", "synchronous = FULL"):
+    for pragma in (f"busy_timeout = {POLL_MS}", "synchronous = FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+    record.info[_POLLS] = True
 
 
 def begin_immediate(connection: Connection) -> None:
@@ -233,6 +270,10 @@ def begin_immediate(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN")
         return
     busy_ms = options.get(BUSY_OPTION)
+    if connection.info.get(_POLLS):
+        patience_ms = options.get(PATIENCE_OPTION, BUSY_TIMEOUT_MS) if busy_ms is None else busy_ms
+        _begin_in_turn(connection, patience_ms / 1000)
+        return
     if busy_ms is not None:
         connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(busy_ms)}")
     try:
@@ -240,3 +281,17 @@ def begin_immediate(connection: Connection) -> None:
     finally:
         if busy_ms is not None:
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+
+def _begin_in_turn(connection: Connection, patience_s: float) -> None:
+    give_up_at_s = time.monotonic() + patience_s
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except OperationalError as error:
+            # Only BUSY is waited for by SQLite: all else, asked again, would fail as fast.
+            busy = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() >= give_up_at_s:
+                raise
+        else:
+            return

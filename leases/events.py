@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, exists, func, insert, not_, select
+from sqlalchemy import Connection, func, insert, select
 from sqlalchemy.sql.dml import ReturningInsert
 
 from leases import dialects, limits
@@ -89,7 +89,13 @@ def _append(dialect: str) -> ReturningInsert[Any]:
         .cte("last")
         .prefix_with("MATERIALIZED")
     )
-    known = exists().where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
+    # A scalar, not an EXISTS: of that the planner makes a join, which, while it has no statistics, compares each event
+    # that is offered with all of the stream. A scalar is looked up by its key, whatever the planner believes.
+    known = (
+        select(lease_events.c.event_id)
+        .where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
+        .scalar_subquery()
+    )
     fresh = (
         select(
             STREAM,
@@ -99,7 +105,7 @@ def _append(dialect: str) -> ReturningInsert[Any]:
             now(),
             offered.c.payload,
         )
-        .where(not_(known))
+        .where(known.is_(None))
         .order_by(offered.c.position)
     )
     return (

@@ -34,7 +34,7 @@ from leases.errors import ConfigError, LeaseHeld, LeasesError, OutcomeUnknown, S
 from leases.heart import Heart
 from leases.keeper import Health, Keeper, Told
 from leases.line import Line
-from leases.model import DEFAULT_POOL, JSON, Ending, Lease, Loss, Membership, Stray, by_operator
+from leases.model import DEFAULT_POOL, JSON, Ending, Lease, Loss, Membership, Released, Stray, by_operator
 from leases.session import StreamSession, leave
 from leases.store import EventLog, LeaseStore
 from leases.trust import Clock, Window, monotonic
@@ -176,23 +176,17 @@ class SessionRegistry:
     def close(self) -> None:
         """Release every session and stop the heartbeats. A second call is harmless.
 
-        All are tried, unless the store is not there; the first failure is raised at the end. What could not be released
-        expires by itself.
+        All are released together. Those whose row somebody has locked are waited for after that, each no longer than
+        its lease would last. What went wrong is raised at the end; what could not be released expires by itself.
         """
-        failures: list[LeasesError] = []
-        for session in self.sessions.values():
-            try:
-                session.close()
-            except LeasesError as error:
-                failures.append(error)
-                if isinstance(error, StoreUnavailable | OutcomeUnknown):
-                    break  # it would be so for each of them, and each would try for long
-        if self.heart is None:
-            self.keeper.close()
-        else:
-            self.heart.stop()
-        if failures:
-            raise failures[0]
+        try:
+            if not self.keeper.inherited:
+                self._close_all()
+        finally:
+            if self.heart is None:
+                self.keeper.close()
+            else:
+                self.heart.stop()
 
     def orphan(self) -> None:
         """Hear that this is a forked child's copy: none of the sessions is its own."""
@@ -243,6 +237,47 @@ class SessionRegistry:
             self.keeper.gone(session.lease)
         if released:
             self._released(session)
+
+    def _close_all(self) -> None:
+        ended = list(self._end(self.sessions.values()))
+        failures: list[LeasesError] = []
+        left = ended
+        try:
+            while left:
+                left = self._release_together(left)
+                if left:
+                    # Whoever has locked one row often has others, as our own last beat has: wait for one, then try all.
+                    failures += self._release_alone(left.pop(0))
+        finally:
+            for session in ended:
+                self.keeper.gone(session.lease)
+        if failures:
+            raise failures[0]
+
+    def _release_together(self, sessions: Sequence[StreamSession]) -> list[StreamSession]:
+        """Release sessions in one statement; return those whose row was locked."""
+
+        def release(connection: Connection) -> Released:
+            administration.bound(connection, self.ttl.total_seconds())
+            endings = [Ending(session.lease) for session in sessions]
+            return operations.release_all(connection, endings, owner=self.owner)
+
+        answer = self.store.run(release)
+        for session in sessions:
+            if session.stream_id in answer.released:
+                self._released(session)
+        return [session for session in sessions if session.stream_id in answer.locked]
+
+    def _release_alone(self, session: StreamSession) -> list[LeasesError]:
+        """Release a session whose row was locked; return what went wrong, or raise it if it would be so for others."""
+        try:
+            if self.store.run(lambda connection: self._release(connection, session.lease, None)):
+                self._released(session)
+        except (StoreUnavailable, OutcomeUnknown):
+            raise
+        except LeasesError as failure:
+            return [failure]
+        return []
 
     def _end(self, sessions: Iterable[StreamSession]) -> Mapping[StreamSession, bool]:
         """End sessions in this process, before the database hears of it: those that had not, and if each was held."""

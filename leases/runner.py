@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -48,7 +48,8 @@ class Run:
     stop_by_s: float | None = None
     recovered: bool = False
     task: asyncio.Task[None] | None = None
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    woken: asyncio.Event | None = None
+    """Ends a task's pause. A thread's run has none."""
 
     @property
     def stopping(self) -> bool:
@@ -230,11 +231,13 @@ class TaskRunner:
         self._loop = loop
 
     def begin(self, run: Run) -> None:
+        run.woken = asyncio.Event()
         self._soon(lambda: self._start(run))
 
     def stop(self, run: Run) -> None:
         """End a run: now if it waits, else when its call has returned."""
-        self._soon(run.woken.set)
+        if run.woken is not None:
+            self._soon(run.woken.set)
 
     def abandon(self, run: Run) -> None:
         """Cancel a run's call."""
@@ -275,16 +278,17 @@ class TaskRunner:
             self._loop.call_soon_threadsafe(call)
 
     def _start(self, run: Run) -> None:
-        run.task = self._loop.create_task(self._drive(run), name=f"leases {run.session.stream_id}")
+        assert run.woken is not None
+        run.task = self._loop.create_task(self._drive(run, run.woken), name=f"leases {run.session.stream_id}")
 
-    async def _drive(self, run: Run) -> None:
+    async def _drive(self, run: Run, woken: asyncio.Event) -> None:
         given = self._wrap(run.session)
         try:
             while not (run.stopping or run.abandoned):
                 after_s = await self._call_in_turn(run, given)
                 if after_s > 0 and not run.stopping:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(run.woken.wait(), after_s)
+                        await asyncio.wait_for(woken.wait(), after_s)
                 else:
                     await asyncio.sleep(0)
         except asyncio.CancelledError:

@@ -83,7 +83,7 @@ class LeaseStore:
     ) -> None:
         self.base_engine = database if isinstance(database, Engine) else create_engine(database)
         self.closes_engine = not isinstance(database, Engine)
-        self.engine = own(self.base_engine, schema)
+        self.engine = own(self.base_engine, schema, retry_for)
         self.url = self.engine.url
         self.schema = schema
         self.retry_for = retry_for

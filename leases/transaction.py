@@ -20,7 +20,7 @@ from tenacity import retry_if_exception_type, stop_after_delay, wait_random_expo
 
 from leases import administration, limits, migrate, recipes, views
 from leases.dialects import POSTGRESQL, SQLITE, require_supported
-from leases.engine import BUSY_OPTION, as_writer, describe
+from leases.engine import BUSY_OPTION, BUSY_TIMEOUT_MS, PATIENCE_OPTION, as_writer, describe
 from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import ENDED_STATES, TIMED_OUT_STATES, check_file, is_busy, is_disconnect, sqlstate, translate
 from leases.fencing import fence
@@ -39,15 +39,19 @@ Options = Mapping[str, Any]
 RETRY_FOR = timedelta(seconds=10)
 
 
-def own(engine: Engine, schema: str | None) -> Engine:
-    """The engine as the protocol needs it, on the same pool; the caller's own use of it stays as it is."""
+def own(engine: Engine, schema: str | None, retry_for: timedelta = RETRY_FOR) -> Engine:
+    """The engine as the protocol needs it, on the same pool; the caller's own use of it stays as it is.
+
+    Of an operation that is tried again for `retry_for`, no try waits for longer.
+    """
     require_supported(engine.dialect.name)
     if schema is not None:
         limits.schema(schema)
     if engine.dialect.name == SQLITE:
         if schema is not None:
             raise ConfigError("schema= is for PostgreSQL; SQLite has one schema per file")
-        return as_writer(engine)
+        patience_ms = min(BUSY_TIMEOUT_MS, int(retry_for.total_seconds() * 1000))
+        return as_writer(engine).execution_options(**{PATIENCE_OPTION: patience_ms})
     return engine.execution_options(
         isolation_level="READ COMMITTED", schema_translate_map=None if schema is None else {None: schema}
     )

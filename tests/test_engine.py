@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import sqlite3
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -300,6 +304,48 @@ def test_options_of_a_sqlite_url_do_not_become_part_of_the_files_name(tmp_path: 
     migrate(plain)
     migrate(f"{plain}?cache=private&uri=true")
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"a b#?%.db"}
+
+
+def claim_and_release(url: str, owner: str, began: threading.Barrier, seconds: float) -> float:
+    """Claim and release without a pause; return how long the longest call took."""
+    longest_s = 0.0
+    with LeaseStore(url) as store:
+        began.wait(60)
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            before_s = time.monotonic()
+            claimed = store.claim(owner=owner, ttl=timedelta(minutes=5), limit=50)
+            longest_s = max(longest_s, time.monotonic() - before_s)
+            for lease in claimed:
+                before_s = time.monotonic()
+                assert store.release(lease)
+                longest_s = max(longest_s, time.monotonic() - before_s)
+    return longest_s
+
+
+def test_of_eight_processes_that_write_to_a_file_none_is_kept_waiting(sqlite_url: str) -> None:
+    with LeaseStore(sqlite_url) as store:
+        store.register(f"s{number:03}" for number in range(400))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(8, spawn) as processes:
+        began = manager.Barrier(8)
+        calls = [processes.submit(claim_and_release, sqlite_url, f"w{n}", began, 6) for n in range(8)]
+        longest_s = max(call.result(120) for call in calls)  # raises what a store has raised
+    assert longest_s < 4  # by SQLite's own timeout, which looks ten times a second, 5 to 10
+
+
+def test_waiting_for_a_locked_file_ends_with_retry_for(sqlite_url: str) -> None:
+    other = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with LeaseStore(sqlite_url, retry_for=timedelta(seconds=0.3)) as store:
+        began_s = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="is locked by another process's transaction; try again"):
+            store.acquire("a", owner="one", ttl=TTL)
+        assert 0.3 <= time.monotonic() - began_s < 4
+        assert store.get("a") is None, "who only reads waits for nobody"
+        other.execute("ROLLBACK")
+        assert store.acquire("a", owner="one", ttl=TTL) is not None
+    other.close()
 
 
 def test_a_locked_file_is_unavailable(sqlite_url: str) -> None:

@@ -1,4 +1,4 @@
-"""No operation of a worker or an operator reads the whole lease table, however many streams there are."""
+"""No operation reads the whole lease table, however many streams there are; no append the whole stream."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, event, text
 
-from leases import LeaseStore, fleet, operations
+from leases import EventLog, LeaseStore, dialects, events, fleet, operations
 from leases.model import Ending, Membership
+from tests.conformance.driver import take
 
 TTL = timedelta(minutes=10)
 STREAMS, WORKERS = 5000, 100
@@ -96,3 +97,32 @@ def test_postgresql_reads_few_rows_for_a_plan_among_many(postgresql_url: str) ->
         in_sequence, by_index = (now - then for now, then in zip(read(), before, strict=True))
     assert in_sequence == 0
     assert 0 < by_index <= 20 * (3 * WORKERS + 30), "about as many as there are owners, and what is free"
+
+
+def rows_read(plan: dict[str, Any], table: str) -> int:
+    """How many rows of a table a plan that has run has read: what its scans gave, and what they threw away."""
+    mine = 0
+    if plan.get("Relation Name") == table and "Scan" in plan["Node Type"]:
+        mine = int((plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)) * plan["Actual Loops"])
+    return mine + sum(rows_read(child, table) for child in plan.get("Plans", []))
+
+
+def test_postgresql_appends_without_reading_the_whole_stream_also_before_the_first_analyze(postgresql_url: str) -> None:
+    with LeaseStore(postgresql_url) as store:
+        lease = take(store)
+        log = EventLog(store)
+        for page in range(10):
+            log.append(lease, {f"{page}-{n}": n for n in range(500)})
+        append = events._append(dialects.POSTGRESQL).compile(dialect=store.engine.dialect)
+        offered = [(f"{n % 10}-{n * 9}", "1") for n in range(100)]  # some the stream has, some are new
+        given = {**append.params, "stream": lease.stream_id, "token": lease.fencing_token}
+        given |= dialects.events_given(dialects.POSTGRESQL, offered)
+
+        def explain(connection: Connection) -> Any:
+            connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
+            driver: Any = connection.connection.driver_connection
+            return driver.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {append}", given, prepare=True).fetchone()[0]
+
+        (answer,) = store.run(explain)
+    read = rows_read(answer["Plan"], "lease_events")
+    assert 1 <= read < 1_000, answer

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from leases import (
     SessionRegistry,
     StaleToken,
     StoreUnavailable,
+    engine,
     fence,
 )
 
@@ -74,6 +77,87 @@ def test_a_connection_that_died_in_the_pool_is_replaced_before_the_fence(postgre
         )
         with store.fenced(lease) as connection:
             assert connection.execute(text("SELECT 1")).scalar_one() == 1
+
+
+def end_all_sessions_but_of(store: LeaseStore) -> None:
+    """End all other sessions of the store's database, at once."""
+    others = (
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    )
+    store.run(lambda connection: connection.execute(text(others)).all())
+
+
+def test_a_connection_that_the_server_has_ended_is_replaced_before_anything_is_tried(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions: list[object] = []
+    with LeaseStore(postgresql_url, retry_for=timedelta(0)) as store, LeaseStore(postgresql_url) as other:
+        real = store.engine.dialect.do_ping
+
+        def ask(connection: Any) -> bool:
+            questions.append(connection)
+            return real(connection)
+
+        monkeypatch.setattr(store.engine.dialect, "do_ping", ask)
+        lease = store.acquire("s", owner="me", ttl=TTL)
+        assert lease is not None
+        assert store.get("s") is not None
+        assert questions == [], "one that is sound is not asked"
+        end_all_sessions_but_of(other)
+        assert store.release(lease)
+        assert len(questions) == 1
+
+
+def test_an_async_connection_that_the_server_has_ended_is_replaced_before_anything_is_tried(
+    postgresql_url: str,
+) -> None:
+    async def work() -> None:
+        async with AsyncLeaseStore(postgresql_url, retry_for=timedelta(0)) as store:
+            lease = await store.acquire("s", owner="me", ttl=TTL)
+            assert lease is not None
+            with LeaseStore(postgresql_url) as other:
+                end_all_sessions_but_of(other)
+            assert await store.release(lease)
+
+    asyncio.run(work())
+
+
+def test_a_connection_on_which_the_server_has_only_said_something_is_kept(postgresql_url: str) -> None:
+    with LeaseStore(postgresql_url) as store, LeaseStore(postgresql_url) as other:
+        pid = text("SELECT pg_backend_pid()")
+        store.run(lambda connection: connection.execute(text("LISTEN gossip")))
+        mine = store.run(lambda connection: connection.execute(pid).scalar_one())
+        for _ in range(3):
+            other.run(lambda connection: connection.execute(text("NOTIFY gossip")))
+            assert store.run(lambda connection: connection.execute(pid).scalar_one()) == mine
+
+
+class Deaf:
+    """A poll that hears nothing: the server's last word has not come yet."""
+
+    def register(self, *_: object) -> None:
+        pass
+
+    def poll(self, *_: object) -> list[object]:
+        return []
+
+
+def test_a_connection_whose_end_has_not_been_heard_of_costs_a_second_try(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LeaseStore(postgresql_url) as store, LeaseStore(postgresql_url) as other:
+        lease = store.acquire("s", owner="me", ttl=TTL)
+        assert lease is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "select", SimpleNamespace(poll=Deaf, POLLIN=select.POLLIN))
+            end_all_sessions_but_of(other)
+            assert EventLog(store).append(lease, {"e": 1}).count == 1
+            end_all_sessions_but_of(other)
+            with store.fenced(lease) as connection:
+                assert connection.execute(text("SELECT 1")).scalar_one() == 1
+            end_all_sessions_but_of(other)
+            assert store.release(lease)
 
 
 @pytest.mark.parametrize("after_commit", [False, True])

@@ -134,6 +134,12 @@ DOCUMENTS: tuple[Any, ...] = (
     -1.5,
     2**62,
     10**30,
+    -(10**300),
+    0.1,
+    1.0,
+    123456789.123456789,
+    1e22,
+    5e-324,
     "",
     "null",
     'it\'s "quoted" \\ and 💜 ß \u2028 \x7f \x01',
@@ -195,6 +201,29 @@ def test_an_event_id_that_can_never_work_is_refused(store: LeaseStore, log: Even
         with pytest.raises(ConfigError):
             log.append(lease, {"good": 1, bad: 1})
     assert log.read("a") == []
+
+
+def test_an_event_id_may_have_any_character_that_a_name_may(store: LeaseStore, log: EventLog, clock: Clock) -> None:
+    lease = take(store)
+    names = [
+        '"',
+        "'",
+        "\\",
+        '\\"',
+        "a,b",
+        "{a}",
+        '["a",1]',
+        "null",
+        "NULL",
+        "$1 %s %(a)s :a",
+        "ключ",
+        "💜",
+        r"\u0041",
+        "A",
+    ]
+    assert log.append(lease, {name: name for name in names}).count == len(names)
+    assert [(event.event_id, event.payload) for event in log.read("a")] == [(name, name) for name in names]
+    assert log.append(lease, dict.fromkeys(names, 2)).duplicates == tuple(names)
 
 
 def test_a_checkpoint_is_written_under_the_fence_only(store: LeaseStore, clock: Clock) -> None:
