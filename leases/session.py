@@ -69,7 +69,7 @@ class StreamSession:
 
     __slots__ = (
         "__weakref__", "_checkpoint", "_closed", "_lost", "_on_stopping", "_registry",
-        "granted_at_s", "lease", "loss", "moved_at_s", "stopping", "wrote",
+        "granted_at_s", "lease", "loss", "moved_at_s", "moved_here", "stopping", "wrote",
     )  # fmt: skip
 
     def __init__(self, registry: SessionRegistry, lease: Lease) -> None:

@@ -167,8 +167,8 @@ OF_THE_REST = (
         (
             Edit(
                 "leases/engine.py",
-                'connection.exec_driver_sql("BEGIN IMMEDIATE")',
-                'connection.exec_driver_sql("BEGIN")',
+                '        try:\n            connection.exec_driver_sql("BEGIN IMMEDIATE")',
+                '        try:\n            connection.exec_driver_sql("BEGIN")',
             ),
         ),
         ("tests/test_engine.py", "tests/test_store.py"),
