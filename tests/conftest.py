@@ -13,6 +13,7 @@ from sqlalchemy.pool import NullPool
 
 from leases import LeaseStore
 from tests import postgres
+from tests.canary import CANARY, pytest_runtest_makereport  # noqa: F401  # the hook looks for it in all output
 
 NUMBER = itertools.count()
 
@@ -36,7 +37,8 @@ def _create_database(maintenance: Engine, template: str) -> str:
     with maintenance.connect() as connection:
         connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    return maintenance.url.set(database=name).render_as_string(hide_password=False)
+    url = maintenance.url.set(database=name, password=maintenance.url.password or CANARY)
+    return url.render_as_string(hide_password=False)
 
 
 def _drop_database(maintenance: Engine, url: str) -> None:
