@@ -60,8 +60,7 @@ def judged(call: Callable[[], Any], *, also: tuple[type[Exception], ...] = ()) -
         with in_time():
             call()
     except LeasesError as error:
-        said = "".join(traceback.format_exception(error)) + repr(vars(error))
-        if CANARY in said:
+        if CANARY in _said(error):
             raise Broken(f"the password is in the error {type(error).__name__}") from None
         return error
     except also:
@@ -69,6 +68,16 @@ def judged(call: Callable[[], Any], *, also: tuple[type[Exception], ...] = ()) -
     except Exception as error:
         raise Broken(f"{type(error).__name__}: {str(error)[:200]}") from error
     return None
+
+
+def _said(error: BaseException) -> str:
+    """All that a traceback would show of an error, but for the lines of code; and its fields."""
+    said = ""
+    shown: BaseException | None = error
+    while shown is not None:
+        said += "".join(traceback.format_exception_only(shown)) + repr(vars(shown))
+        shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
+    return said
 
 
 class World:
@@ -89,6 +98,7 @@ class World:
         self._kept = room / "kept.db"
         if parsed.get_backend_name() == "sqlite":
             self.connection = sqlite3.connect(str(parsed.database), isolation_level=None, timeout=5)
+            self.connection.execute("PRAGMA synchronous = OFF")
             with closing(sqlite3.connect(self._kept)) as kept:
                 self.connection.backup(kept)
         else:
