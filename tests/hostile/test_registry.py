@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -16,7 +14,7 @@ import pytest
 
 from leases import LeasesError, LeaseStore, SessionRegistry, StreamSession
 from tests.hostile import surface, values
-from tests.hostile.laws import PATIENCE_S, Broken, Hang, World, judged
+from tests.hostile.laws import PATIENCE_S, Broken, Hang, World, in_forks, judged
 from tests.hostile.test_functions import OF_THE_CALLERS, shown
 
 DAY = timedelta(hours=24)
@@ -135,7 +133,7 @@ def test_a_forked_child_owns_nothing(world: World, registry: SessionRegistry) ->
         registry.health,
         registry.close,
     ]
-    told = in_a_fork(lambda: "\n".join(filter(None, map(broken_by, attempts))))
+    (told,) = in_forks(1, lambda _: "\n".join(filter(None, map(broken_by, attempts))))
     assert told == ""
     assert world.look() == before
     session.check()
@@ -150,25 +148,6 @@ def broken_by(attempt: Callable[[], Any]) -> str:
     except (Exception, Hang):  # noqa: BLE001  # told to the parent
         return traceback.format_exc()
     return ""
-
-
-def in_a_fork(call: Callable[[], str]) -> str:
-    """Call in a forked child, which ends without any of the parent's endings; return what it said."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: a fork of a process with threads
-        child = os.fork()
-    if child == 0:
-        try:
-            os.close(reader)
-            os.write(writer, call().encode(errors="replace")[:60_000])
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as answer:
-        told = answer.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return told
 
 
 def test_a_session_is_made_by_a_registry_only(registry: SessionRegistry, world: World) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
 from leases import LeaseStore, SchemaOutdated, StoreError, StoreUnavailable
@@ -25,7 +24,7 @@ from leases.cli import main
 from tests.canary import CANARY
 from tests.conformance.driver import Loop, log_of, opened
 from tests.hostile import values
-from tests.hostile.laws import World, in_time, judged
+from tests.hostile.laws import World, in_forks, in_time, judged
 from tests.hostile.test_commands import ATTACKED, line
 from tests.hostile.test_functions import functions, methods
 
@@ -225,49 +224,23 @@ def test_a_full_disk(
 
 
 def test_many_migrate_at_once(empty_url: str) -> None:
-    """Six migrate and begin to work at once: each gets there, or one of our errors; the tables are made once."""
-    ready = threading.Barrier(6)
-    failed: list[BaseException] = []
-    taken = []
-
-    def start(number: int) -> None:
-        try:
-            with LeaseStore(empty_url) as store:
-                ready.wait(10)
-                if number % 3:
-                    store.migrate()
-                else:  # one who does not wait for the tables is told so
-                    error = judged_here(partial(store.get, "s"))
-                    assert isinstance(error, SchemaOutdated | StoreUnavailable | None), error
-                    store.migrate()
-                taken.append(store.acquire("s", owner=str(number), ttl=timedelta(seconds=60)))
-        except BaseException as error:  # noqa: BLE001  # of a thread: told by the test
-            failed.append(error)
-
-    threads = [threading.Thread(target=start, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads)
-    assert failed == []
-    assert sum(lease is not None for lease in taken) == 1
+    """Six processes migrate and begin to work at once: all get there, and the tables are made once."""
+    told = in_forks(6, partial(begin_to_work, empty_url))
+    assert sorted(told) == ["lost"] * 5 + ["won"], "\n".join(told)
     with LeaseStore(empty_url) as store:
-        assert (
-            store.run(
-                lambda connection: connection.execute(text("SELECT count(*) FROM leases_alembic_version")).scalar()
-            )
-            == 1
-        )
+        query = text("SELECT count(*) FROM leases_alembic_version")
+        assert store.run(partial(Connection.scalar, statement=query)) == 1
 
 
-def judged_here(call: Callable[[], Any]) -> BaseException | None:
-    """`judged`, in a thread: no alarm rings there."""
-    try:
-        call()
-    except StoreError as error:
-        return error
-    return None
+def begin_to_work(url: str, number: int) -> str:
+    """What a process does at its start; every other one looks before, and is told that there are no tables yet."""
+    with LeaseStore(url) as store:
+        if number % 2:
+            error = judged(partial(store.get, "s"))
+            assert isinstance(error, SchemaOutdated | StoreUnavailable | None), error
+        store.migrate()
+        lease = store.acquire("s", owner=str(number), ttl=timedelta(seconds=60))
+        return "lost" if lease is None else "won"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
