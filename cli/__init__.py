@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import click
 
-from leases.cli import act, upkeep, watch
+from leases.cli import act, fleet, upkeep, watch
 from leases.cli.command import Group
 from leases.cli.context import common_options
 from leases.cli.demo.command import demo
 from leases.cli.run import run
+from leases.cli.work import work
 
 
 @click.group(
@@ -41,6 +42,9 @@ for command in (
     watch.audit,
     upkeep.prune,
     upkeep.raise_tokens,
+    fleet.workers,
+    fleet.drain,
+    work,
     run,
     demo,
 ):

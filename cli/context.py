@@ -65,7 +65,7 @@ class Settings:
         return given
 
     @contextmanager
-    def opened(self, *, create: bool = False) -> Iterator[LeaseStore]:
+    def opened(self, *, create: bool = False, retry_for: timedelta = RETRY_FOR) -> Iterator[LeaseStore]:
         """The store of the database that was asked for; with `create` also where the default one is to be."""
         url = self.database_given()
         if url is None:
@@ -73,7 +73,7 @@ class Settings:
         parsed = parse(url)
         if parsed.get_backend_name() == "postgresql" and "connect_timeout" not in parsed.query:
             parsed = parsed.update_query_dict({"connect_timeout": str(CONNECT_TIMEOUT_S)})
-        with LeaseStore(parsed, schema=self.schema, retry_for=RETRY_FOR) as store:
+        with LeaseStore(parsed, schema=self.schema, retry_for=retry_for) as store:
             yield store
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leases.cli.text import ago, duration, shown
-from leases.model import DEFAULT_POOL, AuditEntry, Checkpoint, Grant, Lease, LeaseInfo, State
+from leases.model import DEFAULT_POOL, AuditEntry, Checkpoint, Grant, Lease, LeaseInfo, State, WorkerInfo
 
 STYLES = {
     State.HELD: "green",
@@ -218,6 +218,38 @@ def _end(grant: Grant, now: datetime) -> Text:
     if grant.expires_at is not None and grant.expires_at <= now:
         return cell("expired", STYLES[State.EXPIRED])
     return cell("live", STYLES[State.HELD])
+
+
+WORKER_STYLES = {"active": "green", "draining": "yellow", "dead": "bold red"}
+
+
+def worker_table(found: Sequence[WorkerInfo], shares: Mapping[str, int]) -> Table:
+    pools = len({info.pool for info in found}) > 1 or any(info.pool not in (None, DEFAULT_POOL) for info in found)
+    return _table(
+        "WORKER*",
+        "STATE",
+        "HELD>",
+        "SHARE>",
+        "CAPACITY>",
+        "LAST BEAT>",
+        *(("POOL*",) if pools else ()),
+        rows=(
+            (
+                cell(info.worker_id),
+                cell(_state(info), WORKER_STYLES[_state(info)]),
+                cell(f"{info.lease_count:,}"),
+                cell(f"{shares[info.worker_id]:,}" if info.live and info.worker_id in shares else "-"),
+                cell("-" if info.capacity is None else f"{info.capacity:,}"),
+                cell("" if info.beaten_at is None else ago(info.beaten_at, info.seen_at)),
+                *((cell(info.pool or "-"),) if pools else ()),
+            )
+            for info in found
+        ),
+    )
+
+
+def _state(info: WorkerInfo) -> str:
+    return info.state if info.live else "dead"
 
 
 def audit_table(entries: Sequence[AuditEntry], now: datetime) -> Table:

@@ -27,7 +27,8 @@ from leases.cli.child import Guard, Signalled, Signals
 from leases.cli.command import USAGE, Command, Failed, advice, code_of, say
 from leases.cli.context import OWNER, PAUSE_OR_NONE, STREAM, TTL, URL_VARIABLE, Settings, common_options
 from leases.errors import LeaseHeld, LeasesError
-from leases.registry import SessionRegistry, StreamSession
+from leases.registry import SessionRegistry
+from leases.session import StreamSession
 
 HELD, LOST, NO_STORE, NOT_EXECUTABLE, NOT_FOUND = 120, 121, 123, 126, 127
 

@@ -2,7 +2,10 @@
 
 from importlib.metadata import version
 
+from leases.async_session import AsyncStreamSession
 from leases.async_store import AsyncEventLog, AsyncLeaseStore
+from leases.backoff import Backoff
+from leases.election import LeaderElection
 from leases.errors import (
     ConfigError,
     LeaseHeld,
@@ -25,23 +28,29 @@ from leases.model import (
     EndReason,
     Event,
     Grant,
+    Happening,
     Lease,
     LeaseInfo,
     Loss,
     Pruned,
     RecordedEvent,
     State,
+    WorkerEvent,
     WorkerInfo,
 )
 from leases.protection import protect, unprotect
-from leases.registry import SessionRegistry, StreamSession
+from leases.registry import SessionRegistry
+from leases.session import StreamSession
 from leases.store import EventLog, LeaseStore
+from leases.worker import Worker
 
 __all__ = [
     "Appended",
     "AsyncEventLog",
     "AsyncLeaseStore",
+    "AsyncStreamSession",
     "AuditEntry",
+    "Backoff",
     "Blocker",
     "Checkpoint",
     "ConfigError",
@@ -49,7 +58,9 @@ __all__ = [
     "Event",
     "EventLog",
     "Grant",
+    "Happening",
     "Health",
+    "LeaderElection",
     "Lease",
     "LeaseHeld",
     "LeaseInfo",
@@ -68,6 +79,8 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "StreamSession",
+    "Worker",
+    "WorkerEvent",
     "WorkerInfo",
     "__version__",
     "advance_watermark",

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, sele
 from sqlalchemy.dialects import postgresql
 
 from leases import dialects, limits
-from leases.dialects import later, now, one_of
+from leases.dialects import concerns, freed, later, now, one_of
 from leases.errors import LeaseHeld, LeaseNotHeld
 from leases.model import JSON, Lease, LeaseInfo, Observed, Pruned
 from leases.operations import as_lease
@@ -89,6 +89,7 @@ def revoke(connection: Connection, observed: Observed, *, actor: str, reason: st
         # Somebody was faster. We hold the row as a grant would: nothing under the old token is in flight.
         return info.fencing_token
     token: int = _swap(connection, info, owner=None, expires_at=None, available_at=now()).fencing_token
+    dialects.notify(connection, freed(info.pool), concerns(info.owner))
     record(connection, "expire", actor, info.stream_id, info.fencing_token, token, reason)
     return token
 
@@ -106,7 +107,8 @@ def hand_over(
     """Second step of steal: grant the stream to `to` under a new token, whoever holds it by now.
 
     Waits for fenced writes in flight; the new lease's `ttl` counts from after the wait. The same `claim_id` again
-    returns the same grant. `LeaseHeld` if the stream is paused or retired.
+    returns the same grant. `LeaseHeld` if the stream is paused or retired. A UUID of version 5 marks the grant as an
+    operator's: a worker of the name `to` finds it with its next heartbeat, and opens a session on it.
     """
     info = require(connection, observed.stream_id, locked=True, for_grant=True)
     if info.claim_id == claim_id and info.owner == to:
@@ -121,6 +123,7 @@ def hand_over(
         claim_id=claim_id,
     )
     granted = as_lease(swapped)
+    dialects.notify(connection, concerns(info.owner), concerns(to))
     if info.owner is not None and (observed.live or info.fencing_token != observed.fencing_token):
         # Step one made it look expired.
         connection.execute(
@@ -171,6 +174,7 @@ def pause(connection: Connection, stream_id: str, *, actor: str, reason: str | N
                 pause_reason=None if reason is None else limits.text("reason", reason),
             )
         )
+    dialects.notify(connection, concerns(info.owner))
     record(connection, "pause", actor, stream_id, info.fencing_token, info.fencing_token, reason)
 
 
@@ -182,6 +186,7 @@ def resume(connection: Connection, stream_id: str, *, actor: str, reason: str | 
     connection.execute(
         update(leases).where(leases.c.stream_id == stream_id).values(paused_at=None, paused_by=None, pause_reason=None)
     )
+    dialects.notify(connection, freed(info.pool))
     record(connection, "resume", actor, stream_id, info.fencing_token, info.fencing_token, reason)
     return True
 
@@ -203,7 +208,7 @@ def retire(
             leases.c.retired_at.is_(None),
         )
         .values(retired_at=now())
-        .returning(leases.c.stream_id, leases.c.fencing_token),
+        .returning(leases.c.stream_id, leases.c.fencing_token, concerns(leases.c.owner).label("notified")),
         {"stream_ids": dialects.names(dialect, given)},
     ).all()
     if actor is not None:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
-from leases import administration, events, migrate, operations, recipes, views
+from leases import administration, events, fleet, fork, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
@@ -70,6 +70,7 @@ class AsyncLeaseStore:
         self.retry_for = retry_for
         self._tables = Tables(self.url, schema)
         self._looks: set[asyncio.Task[None]] = set()
+        fork.tell(self)
 
     async def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this code's version; return the versions before and after. May be repeated."""
@@ -191,6 +192,11 @@ class AsyncLeaseStore:
         if self.closes_engine:
             await self.base_engine.dispose()
 
+    def orphan(self) -> None:
+        """Let a forked child open connections of its own, if the AsyncEngine is ours."""
+        if self.closes_engine:
+            self.base_engine.sync_engine.dispose(close=False)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -206,8 +212,10 @@ class AsyncLeaseStore:
     claim = _arecipe(recipes.claim)
     renew = amethod(operations.renew)
     release = amethod(operations.release)
-    enlist = amethod(operations.enlist)
-    dismiss = amethod(operations.dismiss)
+    release_all = amethod(operations.release_all)
+    enlist = amethod(fleet.enlist)
+    dismiss = amethod(fleet.dismiss)
+    drain = amethod(fleet.drain)
     expire = _arecipe(recipes.expire)
     steal = _arecipe(recipes.steal)
     pause = amethod(administration.pause)

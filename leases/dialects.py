@@ -9,6 +9,7 @@ Most are SQL constructs that compile to each engine's own words, so that `statem
 | `later(s)` | now + s seconds | the same, rounded to milliseconds |
 | `seconds(a, b)` | a − b | the same |
 | `one_of(c, rows)` | `c = ANY (ARRAY(rows))` | `c IN (rows)` |
+| `notified(text)` | `pg_notify` of it, heard when the transaction commits | nothing: there they ask in time |
 | `durably()` | turns `synchronous_commit` on where it is off | nothing: see the pragmas in `engine` |
 | `grants_asked`, `events_offered` | arrays, unnested | one JSON text, by `json_each` |
 
@@ -26,7 +27,6 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
-    Boolean,
     ColumnElement,
     Connection,
     Double,
@@ -37,15 +37,17 @@ from sqlalchemy import (
     cast,
     column,
     func,
+    literal,
     select,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType
 
 from leases.errors import ConfigError
-from leases.model import Lease
+from leases.model import Ending, Lease
 from leases.types import Document, Timestamp
 
 POSTGRESQL = "postgresql"
@@ -164,14 +166,52 @@ def _(element: durably, compiler: SQLCompiler, **kw: Any) -> str:
     return "NULL"
 
 
-class one_of(FunctionElement[bool]):
+CHANNEL = "leases"
+"""The channel of all notifications; a payload is what `freed` or `concerns` makes."""
+
+
+def freed(pool: Any) -> notified:
+    """Tell those who wait for streams of a pool that there may be one."""
+    return notified(literal("free:", Text).concat(pool))
+
+
+def concerns(owner: Any) -> notified:
+    """Tell an owner to look at once at what has become of its leases, or of itself."""
+    return notified(literal("look:", Text).concat(func.coalesce(owner, "")))
+
+
+def notify(connection: Connection, *notices: notified) -> None:
+    """Send notifications when the transaction commits; where there are none (SQLite), do nothing."""
+    if name_of(connection) == POSTGRESQL:
+        connection.execute(select(*notices))
+
+
+class notified(FunctionElement[Any]):
+    """Evaluated, sends a notification at the transaction's commit (PostgreSQL). A hint: who is to know, also asks."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(notified, POSTGRESQL)
+def _(element: notified, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"CAST(pg_notify('{CHANNEL}', {compiler.process(element.clauses, **kw)}) AS text)"
+
+
+@compiles(notified, SQLITE)
+def _(element: notified, compiler: SQLCompiler, **kw: Any) -> str:
+    return "NULL"
+
+
+class one_of(FunctionElement[Any]):
     """`one_of(column, select)`: the column's value is among the rows, of which there are few.
 
     PostgreSQL's planner takes `= ANY (ARRAY(…))` for ten rows, and so uses the index on the column; an `IN` over a
-    batch of unknown size may scan the whole table.
+    batch of unknown size may scan the whole table. No Boolean: SQLAlchemy would ask SQLite for `(c IN (rows)) = 1`, for
+    which no index is used.
     """
 
-    type = Boolean()
+    type = NullType()
     inherit_cache = True
 
 
@@ -215,6 +255,44 @@ def grants_given(dialect: str, leases: Iterable[Lease]) -> Mapping[str, Any]:
     ordered = sorted((lease.stream_id, lease.fencing_token) for lease in leases)
     if dialect == POSTGRESQL:
         return {"stream_ids": [pair[0] for pair in ordered], "tokens": [pair[1] for pair in ordered]}
+    return {"grants": json.dumps(ordered)}
+
+
+@cache
+def endings_asked(dialect: str) -> FromClause:
+    """A batch of grants to let go, as rows `(stream_id, fencing_token, backoff, error)`; see `endings_given`."""
+    if dialect == POSTGRESQL:
+        return (
+            func.unnest(
+                bindparam("stream_ids", type_=ARRAY(Text)),
+                bindparam("tokens", type_=ARRAY(BigInteger)),
+                bindparam("backoffs", type_=ARRAY(Double)),
+                bindparam("errors", type_=ARRAY(Text)),
+            )
+            .table_valued(
+                column("stream_id", Text),
+                column("fencing_token", BigInteger),
+                column("backoff", Double),
+                column("error", Text),
+                name="ending",
+            )
+            .render_derived()
+        )
+    each = func.json_each(bindparam("grants", type_=Text)).table_valued("value", name="each")
+    names = ("stream_id", "fencing_token", "backoff", "error")
+    fields = [func.json_extract(each.c.value, f"$[{place}]").label(name) for place, name in enumerate(names)]
+    return select(*fields).select_from(each).subquery("ending")
+
+
+def endings_given(dialect: str, endings: Iterable[Ending]) -> Mapping[str, Any]:
+    """The parameters of `endings_asked`, in the order of stream_id."""
+    ordered = [
+        (ending.lease.stream_id, ending.lease.fencing_token, ending.backoff.total_seconds(), ending.error)
+        for ending in sorted(endings, key=lambda ending: ending.lease.stream_id)
+    ]
+    if dialect == POSTGRESQL:
+        columns: list[list[Any]] = [list(values) for values in zip(*ordered, strict=True)] or [[], [], [], []]
+        return dict(zip(("stream_ids", "tokens", "backoffs", "errors"), columns, strict=True))
     return {"grants": json.dumps(ordered)}
 
 

@@ -23,7 +23,8 @@ class Lease:
     """One grant as its owner knows it: what every heartbeat, fence and release must name.
 
     `expires_at` is exclusive: at `expires_at == now` the lease has expired. `remaining` is how long it had to
-    live by the database's clock when the database answered; count it from *before* the request was sent.
+    live by the database's clock when the database answered; count it from *before* the request was sent. `failures`
+    says how often in a row, before this grant, the work on the stream has failed.
     """
 
     stream_id: str
@@ -33,6 +34,7 @@ class Lease:
     acquired_at: datetime
     pool: str
     remaining: timedelta
+    failures: int = 0
 
 
 class State(StrEnum):
@@ -167,8 +169,8 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
-    """What a process that keeps leases says of itself, with its every heartbeat."""
+class Membership:
+    """What a process that keeps leases says of itself. One without a pool does not compete for streams."""
 
     worker_id: str
     host: str
@@ -181,7 +183,10 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A row of the fleet, as an observer sees it at `seen_at` (the database's clock)."""
+    """A row of the fleet, as an observer sees it at `seen_at` (the database's clock).
+
+    `lease_count` is how many leases the worker says that it holds; `beaten_at` when its last heartbeat was.
+    """
 
     worker_id: str
     host: str
@@ -194,6 +199,7 @@ class WorkerInfo:
     capacity: int | None
     weight: float
     lease_count: int
+    beaten_at: datetime | None
     seen_at: datetime
 
     @property
@@ -224,6 +230,42 @@ class Loss(StrEnum):
     """An operator ended it, and nobody has it now."""
     RELEASED = "released"
     """It was released in its own name, by somebody who knew the grant."""
+    STALLED = "stalled"
+    """Its handler made no progress for longer than the worker allows: the worker let it go."""
+    OVERDUE = "overdue"
+    """Its handler was asked to end, and did not in time: the worker let it go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A row in an owner's name that its heartbeat did not know: an operator's grant, or a claim's without answer."""
+
+    stream_id: str
+    fencing_token: int
+    claim_id: UUID | None
+    live: bool
+
+
+def by_operator(claim_id: UUID | None) -> bool:
+    """Whether a grant was made by an operator: those have a UUID of version 5, an owner's own attempts one of 4."""
+    return claim_id is not None and claim_id.version == 5
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A grant to be let go, and how: at once, or after `backoff`, with what went wrong if something did."""
+
+    lease: Lease
+    backoff: timedelta = timedelta(0)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What became of a batch that was to be let go, by stream_id: `locked` ones are still held, all others are not."""
+
+    released: frozenset[str]
+    locked: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +274,49 @@ class Renewal:
 
     `skipped`: still mine, but its row was locked: not extended, try again with the next beat. `lost`: no longer
     mine. `ending`: extended, but paused or retired: finish, then release. `worker_known`: the worker's own row was
-    there and has been extended (or none was asked for).
+    there and has been extended (or none was asked for). `strays`: rows in the owner's name that were not asked for.
     """
 
     skipped: frozenset[str]
     lost: Mapping[str, Loss]
     ending: frozenset[str]
     worker_known: bool
+    strays: frozenset[str] = frozenset()
+
+
+class Happening(StrEnum):
+    """What can happen to a worker and its streams."""
+
+    STARTED = "started"
+    GRANTED = "granted"
+    """A claim, or an adoption, opened a session."""
+    RENEWED = "renewed"
+    """A heartbeat has extended all leases but those that others tell of; `count` says how many."""
+    RELEASED = "released"
+    SHED = "shed"
+    """A session is asked to end, because the worker holds more than its share."""
+    FAILED = "failed"
+    """A handler raised; the stream is released and rests. `reason` is the error."""
+    STALLED = "stalled"
+    """A handler made no progress in time; `lost` follows."""
+    LOST = "lost"
+    """A session has ended without being released; `reason` is the `Loss`."""
+    RETIRED = "retired"
+    """A stream has vanished from the worker's source, and was retired."""
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """One thing that happened: for metrics and logs. A worker's own has no stream and no token."""
+
+    happening: Happening
+    owner: str
+    stream_id: str | None = None
+    fencing_token: int | None = None
+    reason: str | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,15 @@ The operator's actions are in `administration`, what only reads is in `views`, f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, Row, delete
+from sqlalchemy import Connection, Row
 
-from leases import dialects, limits, model, statements
+from leases import dialects, limits, statements
 from leases.fencing import fence, named
-from leases.model import DEFAULT_POOL, JSON, Lease, Loss, Renewal
-from leases.schema import lease_workers
+from leases.model import DEFAULT_POOL, JSON, Ending, Lease, Loss, Released, Renewal
 
 
 def register(connection: Connection, stream_ids: Iterable[str], *, pool: str = DEFAULT_POOL) -> int:
@@ -37,6 +35,8 @@ def register(connection: Connection, stream_ids: Iterable[str], *, pool: str = D
     values = {"stream_ids": dialects.names(dialect, given), "in_pool": pool}
     new = connection.execute(statements.register(dialect), values).all()
     back = connection.execute(statements.reinstate(dialect), values).all()
+    if new or back:
+        dialects.notify(connection, dialects.freed(pool))
     return len(new) + len(back)
 
 
@@ -86,11 +86,13 @@ def claim(
     pool: str = DEFAULT_POOL,
     claim_id: UUID | None = None,
     repeated: bool = False,
+    held: int | None = None,
 ) -> list[Lease]:
     """Take up to `limit` streams of a pool that are free, or whose dead owner's lease has expired.
 
     Those that have been free longest come first. Costs O(owners + streams taken), however many leases there are. With
-    `repeated`, the grants of an earlier call of the same `claim_id` whose answer was lost are returned instead.
+    `repeated`, the grants of an earlier call of the same `claim_id` whose answer was lost are returned instead. With
+    `held`, how many leases the owner held before, its row in `lease_workers` tells the new count in the same moment.
     """
     values = {
         "holder": limits.owner(owner),
@@ -104,6 +106,8 @@ def claim(
         granted = connection.execute(statements.CLAIMED_BEFORE, values).all()
     if not granted and limit:
         granted = connection.execute(statements.CLAIM_FREE, values).all()
+    if granted and held is not None:
+        report(connection, owner, held=held + len(granted))
     return sorted((as_lease(row) for row in granted), key=lambda lease: lease.stream_id)
 
 
@@ -117,33 +121,46 @@ def as_lease(row: Row[Any]) -> Lease:
         row.acquired_at,
         row.pool,
         timedelta(seconds=row.remaining_s),
+        row.failures,
     )
 
 
-def renew(connection: Connection, leases: Iterable[Lease], *, owner: str, ttl: timedelta) -> Renewal:
+def report(connection: Connection, worker_id: str, *, held: int) -> None:
+    """Tell how many leases a worker holds, in its row, if it has one. Does not extend the row."""
+    connection.execute(statements.REPORT, {"holder": worker_id, "held": held})
+
+
+def renew(
+    connection: Connection, leases: Iterable[Lease], *, owner: str, ttl: timedelta, held: int | None = None
+) -> Renewal:
     """Extend the leases of one owner to now + ttl, and with them the owner's own row in `lease_workers`, if it has one.
 
     All in one statement. A lease that has expired, or is no longer this grant's, is not revived: it is `lost`. One
-    whose row somebody has locked is `skipped`: it keeps the expiry it had. The others are not held up by either.
+    whose row somebody has locked is `skipped`: it keeps the expiry it had. The others are not held up by either. What
+    else is in the owner's name, live or not, is a `stray`: see `fleet.strays`. With `held`, the owner's row also tells
+    how many leases it holds.
     """
     dialect = dialects.name_of(connection)
-    held = {lease.stream_id: lease for lease in leases}
+    given = {lease.stream_id: lease for lease in leases}
     values = {
-        **dialects.grants_given(dialect, held.values()),
+        **dialects.grants_given(dialect, given.values()),
         "holder": limits.owner(owner),
         "ttl": limits.ttl(ttl).total_seconds(),
-        "held": len(held),
+        "held": held,
     }
     answer = connection.execute(statements.renew(dialect), values).all()
     if dialect == dialects.POSTGRESQL:
-        missed = {row.stream_id for row in answer if not row.renewed and row.stream_id is not None}
+        missed = {row.stream_id for row in answer if row.renewed is False and row.stream_id is not None}
+        strays = frozenset(row.stream_id for row in answer if row.renewed is None)
         worker_known = any(row.renewed for row in answer if row.stream_id is None)
     else:
-        missed = held.keys() - {row.stream_id for row in answer}
-        worker_known = connection.execute(statements.WORKER_BEAT, values).rowcount == 1
+        missed = given.keys() - {row.stream_id for row in answer}
+        strays = frozenset(row.stream_id for row in connection.execute(statements.strays(dialect), values))
+        worker_known = connection.execute(statements.OWN_BEAT, values).rowcount == 1
+    # One whose grant is gone by now may be there as a stray, under a later token.
     ending = frozenset(row.stream_id for row in answer if row.stream_id is not None and row.ending)
-    lost = _losses(connection, [held[stream_id] for stream_id in missed]) if missed else {}
-    return Renewal(frozenset(missed - lost.keys()), lost, ending, worker_known)
+    lost = _losses(connection, [given[stream_id] for stream_id in missed]) if missed else {}
+    return Renewal(frozenset(missed - lost.keys()), lost, ending, worker_known, strays)
 
 
 def _losses(connection: Connection, missed: Sequence[Lease]) -> Mapping[str, Loss]:
@@ -187,6 +204,32 @@ def release(
     return connection.execute(statements.RELEASE, values).one_or_none() is not None
 
 
+def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str, held: int | None = None) -> Released:
+    """Let a batch of one owner's leases go, in one statement.
+
+    As `release` for each, but that it waits for no row: one that somebody has locked, be it the owner's own heartbeat,
+    is named in the answer, and still the owner's: try again. With `held`, how many leases the owner will hold when all
+    are released, its row in `lease_workers` tells its count in the same moment.
+    """
+    dialect = dialects.name_of(connection)
+    given = list(endings)
+    for ending in given:
+        if ending.error is not None:
+            limits.text("error", ending.error)
+    values = {**dialects.endings_given(dialect, given), "holder": limits.owner(owner)}
+    released = frozenset(row.stream_id for row in connection.execute(statements.release_all(dialect), values))
+    missed = [ending.lease for ending in given if ending.lease.stream_id not in released]
+    locked = {lease.stream_id for lease in missed} - _losses(connection, missed).keys() if missed else frozenset()
+    if held is not None:
+        report(connection, owner, held=held + len(locked))
+    return Released(released, frozenset(locked))
+
+
+def recover(connection: Connection, lease: Lease) -> bool:
+    """Forget how often the work on a stream has failed: it goes on well again. False if there was nothing to forget."""
+    return connection.execute(statements.RECOVER, named(lease)).one_or_none() is not None
+
+
 def write_checkpoint(connection: Connection, lease: Lease, checkpoint: JSON) -> None:
     """Write where the work on the stream has got to, under the fence: `StaleToken` if the lease is not live."""
     limits.document("checkpoint", checkpoint)
@@ -197,29 +240,3 @@ def write_checkpoint(connection: Connection, lease: Lease, checkpoint: JSON) -> 
 def put_checkpoint(connection: Connection, lease: Lease, checkpoint: JSON) -> None:
     """Write the checkpoint in a transaction that has fenced already."""
     connection.execute(statements.PUT_CHECKPOINT, {**named(lease), "position": checkpoint})
-
-
-# --- the process that keeps leases -----------------------------------------------------------------------------
-
-
-def enlist(connection: Connection, worker: model.Worker, *, ttl: timedelta) -> None:
-    """Add the worker's row, live for `ttl`: its leases are its own to look after. A second call extends it."""
-    limits.owner(worker.worker_id)
-    values = {f"its_{name}": value for name, value in asdict(worker).items()}
-    ttl_s = limits.ttl(ttl).total_seconds()
-    if connection.execute(statements.ENLIST, {**values, "ttl": ttl_s}).one_or_none() is None:
-        connection.execute(statements.EXTEND_WORKER, {"holder": worker.worker_id, "ttl": ttl_s})
-
-
-def dismiss(connection: Connection, worker_id: str) -> None:
-    """Delete the worker's row: whatever it still holds is anybody's when it expires. A second call is harmless."""
-    connection.execute(delete(lease_workers).where(lease_workers.c.worker_id == worker_id))
-
-
-def let_go_expired(connection: Connection, *, owner: str) -> int:
-    """Free the rows in this owner's name that have expired; return how many. Others leave a live owner's rows to it.
-
-    Its sessions have ended before (trust is shorter than the lease), or it never knew of them: an operator moved
-    them here, or a claim's answer was lost. A row that somebody has locked is passed over.
-    """
-    return len(connection.execute(statements.LET_GO_EXPIRED, {"holder": limits.owner(owner)}).all())

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from random import random
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID, uuid4, uuid5
 
 from sqlalchemy import Connection
 
@@ -103,13 +103,16 @@ def claim(
     limit: int,
     pool: str = DEFAULT_POOL,
     claim_id: UUID | None = None,
+    held: int | None = None,
     before_send: Callable[[], object] = lambda: None,
 ) -> Generator[Step, Any, list[Lease]]:
     """Take up to `limit` streams of a pool that are free, or whose dead owner's lease has expired.
 
     See `operations.claim`. An attempt whose answer was lost is resolved: its grants are returned, not new ones.
     """
-    call = partial(operations.claim, owner=owner, ttl=ttl, limit=limit, pool=pool, claim_id=claim_id or uuid4())
+    call = partial(
+        operations.claim, owner=owner, ttl=ttl, limit=limit, pool=pool, claim_id=claim_id or uuid4(), held=held
+    )
     repeated = claim_id is not None
 
     def attempt(connection: Connection, number: int) -> list[Lease]:
@@ -161,7 +164,9 @@ def steal(
     limits.owner(to)
     limits.ttl(ttl)
     observed = yield from _end_now(clock, stream_id, actor, reason, fencing_token, timeout, for_steal=True)
-    call = partial(administration.hand_over, to=to, ttl=ttl, claim_id=uuid4(), actor=actor, reason=reason)
+    call = partial(
+        administration.hand_over, to=to, ttl=ttl, claim_id=uuid5(uuid4(), "steal"), actor=actor, reason=reason
+    )
     lease: Lease = yield _fenced(observed, call, timeout, force)
     return lease
 

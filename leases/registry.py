@@ -1,49 +1,47 @@
-"""`SessionRegistry` and `StreamSession`: what a process owns, in place of its in-memory map of sessions.
+"""`SessionRegistry`: what a process owns, in place of its in-memory map of sessions.
 
     with SessionRegistry(store) as registry:
         with registry.open("orders/7") as session:          # LeaseHeld if somebody else has it
             for batch in read_from(session.checkpoint):
                 session.append(batch.events, checkpoint=batch.end)
 
-A session is open from its grant until it is closed or lost, whichever is first:
-
-    open ──> open, stopping (its stream was paused or retired) ──> closed: the lease is released
-      └───────────────┴──> lost: another has it, it was revoked, or it could not be extended in time
-
-A lost session's writes are refused by the fence, whatever its holder believes. `lost` and `remaining` tell it sooner,
-by this process's own clock, so that it stops. Sessions of a process are renewed together, by its `keeper`.
-
-Releasing is not losing: `close` is called when the work is done, and only then may the next owner start. A lease
-whose session is lost while its work still runs is left to expire.
+Sessions of a process are renewed together, by its `keeper`, on the threads of its `heart`. What becomes of each is told
+to whoever listens. A registry whose process ends in an orderly way, be it without `close`, releases what it holds.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
+from uuid import UUID, uuid4
+from weakref import WeakMethod
 
 from sqlalchemy import Connection
 
-from leases import administration, limits, operations
-from leases.errors import ConfigError, LeaseHeld, LeaseLost, LeasesError, OutcomeUnknown, StaleToken, StoreUnavailable
+from leases import administration, fork, limits, operations
+from leases.errors import ConfigError, LeaseHeld, LeasesError, OutcomeUnknown, StoreUnavailable
+from leases.heart import Heart
 from leases.keeper import Health, Keeper, Told
-from leases.model import DEFAULT_POOL, JSON, Appended, Event, Lease, Loss, Worker
+from leases.line import Line
+from leases.model import DEFAULT_POOL, JSON, Ending, Lease, Loss, Membership, Stray, by_operator
+from leases.session import StreamSession, leave
 from leases.store import EventLog, LeaseStore
 from leases.trust import Clock, Window, monotonic
 
 logger = logging.getLogger("leases")
 
 DEFAULT_TTL: Final = timedelta(seconds=15)
-_UNREAD: Final = object()
 
 
 def incarnation() -> str:
@@ -51,119 +49,15 @@ def incarnation() -> str:
     return f"{socket.gethostname()[:200]}:{os.getpid()}:{secrets.token_hex(4)}"
 
 
-class StreamSession:
-    """One owned stream. Made by a `SessionRegistry`; a context manager that releases on the way out."""
-
-    def __init__(self, registry: SessionRegistry, lease: Lease) -> None:
-        self.lease = lease
-        self.loss: Loss | None = None
-        """Why the lease was lost, once it is."""
-        self.stopping = threading.Event()
-        """Set when the session should end: it was lost, or its stream was paused or retired. Finish, and close."""
-        self._registry = registry
-        self._lost = threading.Event()
-        self._closed = False
-        self._checkpoint: JSON = _UNREAD
-
-    @property
-    def stream_id(self) -> str:
-        return self.lease.stream_id
-
-    @property
-    def token(self) -> int:
-        """The fencing token, for writes to systems that check it themselves."""
-        return self.lease.fencing_token
-
-    def remaining(self) -> timedelta:
-        """How long the lease may still be trusted, by this process's clock: zero when it is lost or closed."""
-        return timedelta(seconds=self._registry.keeper.remaining_s(self.lease))
-
-    @property
-    def lost(self) -> threading.Event:
-        """The event that is set when the lease is lost. Reading it looks at the deadline first, so it is never late."""
-        self.remaining()
-        return self._lost
-
-    def check(self) -> None:
-        """Raise `LeaseLost` if the lease may not be trusted any more. Cheap: no I/O. Not a fence: see `fenced`."""
-        if self.remaining() <= timedelta(0):
-            raise LeaseLost(self.stream_id, self.token, self.loss or ("closed" if self._closed else Loss.EXPIRED))
-
-    @contextmanager
-    def fenced(self) -> Iterator[Connection]:
-        """A transaction of the store's database in which the fence has passed; it commits at the end of the block.
-
-        `LeaseLost` if the lease is known to be lost, `StaleToken` if the fence finds it so: then nothing is kept. On
-        PostgreSQL the block must be done within `remaining()`: the server ends the transaction there.
-        """
-        self.check()
-        try:
-            with self._registry.store.fenced(self.lease) as connection:
-                yield connection
-        except StaleToken as error:
-            self._refused(error)
-            raise
-
-    def append(self, events: Iterable[Event] | Mapping[str, JSON], *, checkpoint: JSON = None) -> Appended:
-        """Append events to the stream's log, with the checkpoint, in one fenced transaction; see `events.append`."""
-        self.check()
-        try:
-            appended = self._registry.log.append(self.lease, events, checkpoint=checkpoint)
-        except StaleToken as error:
-            self._refused(error)
-            raise
-        if checkpoint is not None:
-            self._checkpoint = checkpoint
-        return appended
-
-    @property
-    def checkpoint(self) -> JSON:
-        """Where the work has got to: None if nobody has written it. Read once, then what this session wrote."""
-        if self._checkpoint is _UNREAD:
-            found = self._registry.store.checkpoint(self.stream_id)
-            self._checkpoint = None if found is None else found.checkpoint
-        return self._checkpoint
-
-    def save(self, checkpoint: JSON) -> None:
-        """Write the checkpoint under the fence: `LeaseLost` or `StaleToken` if the lease is not live."""
-        self.check()
-        try:
-            self._registry.store.write_checkpoint(self.lease, checkpoint)
-        except StaleToken as error:
-            self._refused(error)
-            raise
-        self._checkpoint = checkpoint
-
-    def close(self, *, checkpoint: JSON = None) -> None:
-        """Release the lease, with a last checkpoint if it is not None. Harmless the second time, and on a lost lease.
-
-        Call it when the work has stopped: the next owner may start at once.
-        """
-        self._registry._close(self, checkpoint)
-
-    def _refused(self, error: StaleToken) -> None:
-        taken = error.current_token != error.fencing_token and error.current_owner is not None
-        self._registry.keeper.lose(self.lease, Loss.TAKEN if taken else Loss.REVOKED)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _leave(self.close, error)
-
-    def __repr__(self) -> str:
-        state = f"lost: {self.loss}" if self.loss else "closed" if self._closed else "open"
-        return f"<StreamSession {self.stream_id!r} token {self.token}, {state}>"
-
-
 class SessionRegistry:
     """The sessions of one process. Safe to share between threads; not after a fork.
 
     `owner` names this incarnation of the process: never the same for two processes, or for one and its successor. `ttl`
     is how long the database keeps a lease without a heartbeat; a heartbeat goes out every third of it. Callbacks get
-    the session (`on_lost` also the reason); they run on the keeper's threads, must be quick, and may not raise.
+    the session (`on_lost` also the reason, `on_beat` nothing); they run on the heart's threads, must be quick, and may
+    not raise. `heard` is told of notifications (PostgreSQL). `competes` is for workers: the pool's others see this
+    process with its `capacity` and `weight`, and what an operator moves to it becomes a session of its own accord.
+    Without `threads` nothing happens by itself: whoever made it beats, as tests in virtual time do.
     """
 
     def __init__(
@@ -177,29 +71,48 @@ class SessionRegistry:
         on_renewed: Callable[[StreamSession], object] | None = None,
         on_lost: Callable[[StreamSession, Loss], object] | None = None,
         on_released: Callable[[StreamSession], object] | None = None,
+        on_stopping: Callable[[StreamSession], object] | None = None,
+        on_beat: Callable[[int], object] | None = None,
+        heard: Callable[[str], object] = lambda _: None,
+        competes: bool = False,
+        capacity: int | None = None,
+        weight: float = 1.0,
         clock: Clock = monotonic,
+        threads: bool = True,
     ) -> None:
         self.store = store
         self.log = EventLog(store)
         self.owner = limits.owner(incarnation() if owner is None else owner)
         self.ttl = limits.ttl(ttl)
         self.pool = limits.pool(pool)
+        self.now_s = clock
         self._on_granted = on_granted
         self._on_renewed = on_renewed
         self._on_lost = on_lost
         self._on_released = on_released
-        self._clock = clock
+        self._on_stopping = on_stopping
+        self._on_beat = on_beat
+        self._adopts = competes
         self._lock = threading.Lock()
         self._sessions: dict[str, StreamSession] = {}
-        worker = Worker(self.owner, socket.gethostname(), os.getpid(), version("leases"))
-        told = Told(self._renewed, self._lost, self._ending)
-        self.keeper = Keeper(store, worker, Window.of(self.ttl), told, clock=clock)
+        self._unanswered: deque[UUID] = deque(maxlen=1000)
+        host, pid = socket.gethostname(), os.getpid()
+        member = Membership(self.owner, host, pid, version("leases"), self.pool if competes else None, capacity, weight)
+        told = Told(self._renewed, self._lost, self._ending, self._may_adopt, self._adopted)
+        self.keeper = Keeper(member, Window.of(self.ttl), told, counts=not competes, clock=clock)
+        self.heart = Heart(store, self.keeper, heard=heard) if threads else None
+        fork.tell(self)
 
     @property
     def sessions(self) -> Mapping[str, StreamSession]:
         """The open sessions by stream_id, as they are now."""
         with self._lock:
             return MappingProxyType(dict(self._sessions))
+
+    def start(self) -> None:
+        """Begin to beat, which `open` and `claim` also do. A second call is harmless; `ConfigError` after `close`."""
+        if self.heart is not None and self.heart.start():
+            atexit.register(_close_at_exit, WeakMethod(self.close))
 
     def open(self, stream_id: str, *, wait: timedelta = timedelta(0)) -> StreamSession:
         """Acquire the stream's lease and open a session; `LeaseHeld` if that cannot be had within `wait`."""
@@ -219,8 +132,8 @@ class SessionRegistry:
 
     def try_open(self, stream_id: str, *, wait: timedelta = timedelta(0)) -> StreamSession | None:
         """Acquire the stream's lease and open a session; None if that cannot be had within `wait`."""
-        self.keeper.start()
-        sent = _Stamp(self._clock)
+        self.start()
+        sent = _Stamp(self.now_s)
         lease = self.store.acquire(
             stream_id, owner=self.owner, ttl=self.ttl, pool=self.pool, wait=wait, before_send=sent
         )
@@ -228,10 +141,33 @@ class SessionRegistry:
 
     def claim(self, limit: int, *, pool: str | None = None) -> list[StreamSession]:
         """Open sessions on up to `limit` streams of the pool that are free or were left behind by a dead owner."""
-        self.keeper.start()
-        sent = _Stamp(self._clock)
+        self.start()
+        sent = _Stamp(self.now_s)
         leases = self.store.claim(owner=self.owner, ttl=self.ttl, limit=limit, pool=pool or self.pool, before_send=sent)
         return [self._opened(lease, sent.at_s) for lease in leases]
+
+    def claim_on(self, line: Line, limit: int) -> list[StreamSession]:
+        """`claim`, once, on a worker's own line: its row tells the new count in the same moment.
+
+        Where the answer is lost, what was granted all the same is found by a heartbeat, and adopted.
+        """
+        held, claim_id, sent_at_s = self.keeper.held, uuid4(), self.now_s()
+        try:
+            leases = line.run(
+                lambda connection: operations.claim(
+                    connection,
+                    owner=self.owner,
+                    ttl=self.ttl,
+                    limit=limit,
+                    pool=self.pool,
+                    claim_id=claim_id,
+                    held=held,
+                )
+            )
+        except LeasesError:
+            self._unanswered.append(claim_id)
+            raise
+        return [self._opened(lease, sent_at_s) for lease in leases]
 
     def health(self) -> Health:
         """How the heartbeats are: for a liveness probe, compare `beat_age` with the ttl."""
@@ -251,9 +187,17 @@ class SessionRegistry:
                 failures.append(error)
                 if isinstance(error, StoreUnavailable | OutcomeUnknown):
                     break  # it would be so for each of them, and each would try for long
-        self.keeper.stop()
+        if self.heart is None:
+            self.keeper.close()
+        else:
+            self.heart.stop()
         if failures:
             raise failures[0]
+
+    def orphan(self) -> None:
+        """Hear that this is a forked child's copy: none of the sessions is its own."""
+        for session in self._sessions.values():
+            session.orphan()
 
     def __enter__(self) -> Self:
         return self
@@ -261,9 +205,69 @@ class SessionRegistry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _leave(self.close, error)
+        leave(self.close, error)
 
-    # --- what happens to sessions ------------------------------------------------------------------------------
+    # --- releasing -------------------------------------------------------------------------------------------------
+
+    def release_on(self, line: Line, endings: Mapping[StreamSession, Ending]) -> list[StreamSession]:
+        """Release sessions whose work has ended, together, on a worker's own line; their count changes with them.
+
+        Return those whose row was locked, and so is not released; a second call may be luckier. Raises what the store
+        raises: then they have ended all the same, and a second call releases them.
+        """
+        self._end(endings)
+        held = self.keeper.held_but(session.lease for session in endings)
+        answer = line.run(
+            lambda connection: operations.release_all(connection, endings.values(), owner=self.owner, held=held)
+        )
+        locked = [session for session in endings if session.stream_id in answer.locked]
+        for session in endings.keys() - set(locked):
+            self.keeper.gone(session.lease)
+            if session.stream_id in answer.released:
+                self._released(session)
+        return locked
+
+    def _close(self, session: StreamSession, checkpoint: JSON) -> None:
+        if self.keeper.inherited:
+            return
+        if checkpoint is not None:
+            limits.document("checkpoint", checkpoint)
+        held = self._end([session]).get(session)
+        if held is None:
+            return
+        # Also when it is lost: our row, if it is still ours, need not wait for its expiry now that the work has ended.
+        kept = checkpoint if held else None
+        try:
+            released = self.store.run(lambda connection: self._release(connection, session.lease, kept))
+        finally:
+            self.keeper.gone(session.lease)
+        if released:
+            self._released(session)
+
+    def _end(self, sessions: Iterable[StreamSession]) -> Mapping[StreamSession, bool]:
+        """End sessions in this process, before the database hears of it: those that had not, and if each was held."""
+        held = {}
+        with self._lock:
+            for session in sessions:
+                if not session._closed:
+                    session._closed = True
+                    if self._sessions.get(session.stream_id) is session:
+                        del self._sessions[session.stream_id]
+                    held[session] = self.keeper.drop(session.lease)
+        for session in held:
+            session.stop()
+        return held
+
+    def _release(self, connection: Connection, lease: Lease, checkpoint: JSON) -> bool:
+        # A row that somebody has locked holds us up no longer than its lease would last.
+        administration.bound(connection, self.ttl.total_seconds())
+        return operations.release(connection, lease, checkpoint=checkpoint)
+
+    def _released(self, session: StreamSession) -> None:
+        log(logging.INFO, "released", session.lease)
+        self._tell(self._on_released, session)
+
+    # --- what happens to sessions ----------------------------------------------------------------------------------
 
     def _opened(self, lease: Lease, sent_at_s: float) -> StreamSession:
         session = StreamSession(self, lease)
@@ -279,39 +283,23 @@ class SessionRegistry:
                 self._sessions.pop(lease.stream_id, None)
             self.store.release(lease)
             raise
-        _log(logging.INFO, "granted", lease)
+        log(logging.INFO, "granted", lease)
         self._tell(self._on_granted, session)
         return session
 
-    def _close(self, session: StreamSession, checkpoint: JSON) -> None:
-        if self.keeper.inherited:
-            return
-        if checkpoint is not None:
-            limits.document("checkpoint", checkpoint)
-        with self._lock:
-            if session._closed:
-                return
-            session._closed = True
-            if self._sessions.get(session.stream_id) is session:
-                del self._sessions[session.stream_id]
-        held = self.keeper.drop(session.lease)
-        session.stopping.set()
-        # Also when it is lost: our row, if it is still ours, need not wait for its expiry now that the work has ended.
-        kept = checkpoint if held else None
-        released = self.store.run(lambda connection: self._release(connection, session.lease, kept))
-        if released:
-            _log(logging.INFO, "released", session.lease)
-            self._tell(self._on_released, session)
+    def _may_adopt(self, stray: Stray) -> bool:
+        return self._adopts and (by_operator(stray.claim_id) or stray.claim_id in self._unanswered)
 
-    def _release(self, connection: Connection, lease: Lease, checkpoint: JSON) -> bool:
-        # A row that somebody has locked holds us up no longer than its lease would last.
-        administration.bound(connection, self.ttl.total_seconds())
-        return operations.release(connection, lease, checkpoint=checkpoint)
+    def _adopted(self, lease: Lease, sent_at_s: float) -> None:
+        with suppress(ConfigError):  # closed meanwhile
+            self._opened(lease, sent_at_s)
 
     def _renewed(self, leases: Collection[Lease]) -> None:
         if self._on_renewed is not None:
             for session in self._of(lease.stream_id for lease in leases):
                 self._tell(self._on_renewed, session)
+        if self._on_beat is not None:
+            self._on_beat(len(leases))
 
     def _lost(self, lease: Lease, loss: Loss) -> None:
         with self._lock:
@@ -319,18 +307,18 @@ class SessionRegistry:
             if session is None or session.lease is not lease:
                 return
             del self._sessions[lease.stream_id]
-        session.loss = loss
-        session._lost.set()
-        session.stopping.set()
-        _log(logging.WARNING, f"lost ({loss})", lease)
+        session.mark_lost(loss)
+        log(logging.WARNING, f"lost ({loss})", lease)
         if self._on_lost is not None:
             self._on_lost(session, loss)
 
     def _ending(self, stream_ids: Collection[str]) -> None:
         for session in self._of(stream_ids):
-            session.stopping.set()
+            if not session.stopping.is_set():
+                session.stop()
+                self._tell(self._on_stopping, session)
 
-    def _of(self, stream_ids: Iterable[str]) -> list[StreamSession]:
+    def _of(self, stream_ids: Iterable[str]) -> Sequence[StreamSession]:
         with self._lock:
             return [self._sessions[stream_id] for stream_id in stream_ids if stream_id in self._sessions]
 
@@ -343,14 +331,12 @@ class SessionRegistry:
             logger.exception("a callback failed")
 
 
-def _leave(close: Callable[[], None], error: BaseException | None) -> None:
-    """Close on the way out of a block; an error that is on its way already is not replaced by one of closing."""
-    try:
-        close()
-    except LeasesError as failure:
-        if error is None:
-            raise
-        error.add_note(f"and not all could be released: {failure}")
+def _close_at_exit(close: WeakMethod[Callable[[], None]]) -> None:
+    """Release what an interpreter that ends still holds; what cannot be, expires by itself."""
+    still = close()
+    if still is not None:
+        with suppress(LeasesError):
+            still()
 
 
 class _Stamp:
@@ -364,7 +350,8 @@ class _Stamp:
         self.at_s = self._clock()
 
 
-def _log(level: int, what: str, lease: Lease) -> None:
+def log(level: int, what: str, lease: Lease) -> None:
+    """Log what has happened to a lease, with its parts as fields."""
     logger.log(
         level, "%s: %s, token %d, owner %s", what, lease.stream_id, lease.fencing_token, lease.owner,
         extra={"stream_id": lease.stream_id, "fencing_token": lease.fencing_token, "owner": lease.owner},

@@ -35,7 +35,7 @@ from sqlalchemy.types import TypeEngine
 
 from leases.types import Document, Identity, Name, Timestamp
 
-VERSION: Final = "0001"
+VERSION: Final = "0002"
 """The revision of the migrations that this code is written for."""
 
 VERSION_TABLE: Final = "leases_alembic_version"
@@ -133,6 +133,7 @@ lease_workers = Table(
     Column("capacity", Integer),
     Column("weight", Real, nullable=False, server_default=text("1.0")),
     Column("lease_count", Integer, nullable=False, server_default=text("0")),
+    Column("beaten_at", Timestamp),
     PrimaryKeyConstraint("worker_id", name="lease_workers_pkey"),
     CheckConstraint("state IN ('active', 'draining')", name="lease_workers_state"),
     postgresql_with={"fillfactor": 50},

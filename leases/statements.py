@@ -19,7 +19,9 @@ from typing import Any
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    CompoundSelect,
     Double,
+    FromClause,
     Integer,
     Label,
     Select,
@@ -28,6 +30,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    except_,
     exists,
     func,
     insert,
@@ -46,7 +49,18 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
 from leases import limits
-from leases.dialects import POSTGRESQL, durably, grants_asked, later, names_given, now, one_of, seconds
+from leases.dialects import (
+    POSTGRESQL,
+    durably,
+    endings_asked,
+    freed,
+    grants_asked,
+    later,
+    names_given,
+    now,
+    one_of,
+    seconds,
+)
 from leases.schema import lease_checkpoints, lease_workers, leases
 from leases.types import Document, Identity
 
@@ -72,6 +86,9 @@ EXPIRED = or_(
 )
 """Past its end; or further away than any lease can be: the clock was set back, and nobody was promised that."""
 
+ALIVE = and_(lease_workers.c.expires_at > now(), lease_workers.c.expires_at <= later(LONGEST))
+"""A worker that has been heard of in time, and not from before the clock was set back."""
+
 OPEN = and_(leases.c.paused_at.is_(None), leases.c.retired_at.is_(None))
 """Neither paused nor retired: may be granted."""
 
@@ -91,6 +108,7 @@ GRANTED = (
     leases.c.acquired_at,
     leases.c.pool,
     REMAINING,
+    leases.c.failures,
 )
 """The columns of which `operations` makes a `Lease`."""
 
@@ -135,37 +153,36 @@ CLAIMED_BEFORE = select(*GRANTED).where(leases.c.owner == HOLDER, leases.c.claim
 """The same for a claim."""
 
 
-def _claim() -> ReturningUpdate[Any]:
-    free = _locked(
-        select(leases.c.stream_id)
-        .where(
-            leases.c.pool == IN_POOL,
-            leases.c.owner.is_(None),
-            OPEN,
-            leases.c.available_at <= now(),
-        )
+def free_rows() -> Select[Any]:
+    """The streams of a pool that nobody holds and anybody may, those that have been free longest first; since when."""
+    return (
+        select(leases.c.stream_id, leases.c.available_at.label("since"))
+        .where(leases.c.pool == IN_POOL, leases.c.owner.is_(None), OPEN, leases.c.available_at <= now())
         .order_by(leases.c.available_at, leases.c.stream_id)
-        .limit(AT_MOST),
-        "free",
     )
-    # The owners, one index look-up each: nothing here reads all leases.
+
+
+def left_behind() -> Select[Any]:
+    """The streams of a pool whose lease has expired, and whose owner is not there any more; since when.
+
+    The owners are found by one index look-up each: nothing here reads all leases. A live worker looks after its own
+    rows; the one who asks (`HOLDER`) is that worker for its own.
+    """
     first = select(func.min(leases.c.owner).label("owner")).where(leases.c.owner.is_not(None))
     owners = first.cte("owners", recursive=True)
     following = select(func.min(leases.c.owner)).where(leases.c.owner > owners.c.owner).scalar_subquery()
     owners = owners.union_all(select(following).where(owners.c.owner.is_not(None)))
-    alive = exists().where(
-        lease_workers.c.worker_id == owners.c.owner,
-        lease_workers.c.expires_at > now(),
-        lease_workers.c.expires_at <= later(LONGEST),
-    )
-    # A live worker looks after its own rows; the claimer is that worker for its own.
+    alive = exists().where(lease_workers.c.worker_id == owners.c.owner, ALIVE)
     dead = select(owners.c.owner).where(owners.c.owner.is_not(None), or_(owners.c.owner == HOLDER, not_(alive)))
-    left = _locked(
-        select(leases.c.stream_id)
-        .where(one_of(leases.c.owner, dead.scalar_subquery()), leases.c.pool == IN_POOL, OPEN, EXPIRED)
-        .limit(AT_MOST - select(func.count()).select_from(free).scalar_subquery()),
-        "left_behind",
+    return select(leases.c.stream_id, leases.c.expires_at.label("since")).where(
+        one_of(leases.c.owner, dead.scalar_subquery()), leases.c.pool == IN_POOL, OPEN, EXPIRED
     )
+
+
+def _claim() -> ReturningUpdate[Any]:
+    free = _locked(free_rows().limit(AT_MOST), "free")
+    still = AT_MOST - select(func.count()).select_from(free).scalar_subquery()
+    left = _locked(left_behind().limit(still), "left_behind")
     candidates = union_all(select(free.c.stream_id), select(left.c.stream_id)).cte("candidate")
     return _grant(candidates)
 
@@ -211,21 +228,55 @@ RENEWABLE = and_(leases.c.owner == HOLDER, leases.c.expires_at > now())
 ENDING: Label[Any] = func.coalesce(leases.c.paused_at, leases.c.retired_at).label("ending")
 
 
-_OWN_ROW = (
+OWN_ROW = (
     select(lease_workers.c.worker_id)
     .where(lease_workers.c.worker_id == HOLDER)
     .with_for_update(key_share=True, skip_locked=True)
 )
 """The worker's own row, locked; nothing where somebody else has locked it."""
 
+HELD: ColumnElement[int] = bindparam("held", type_=Integer)
+
+BEAT = update(lease_workers).values(
+    expires_at=later(TTL), beaten_at=now(), lease_count=func.coalesce(HELD, lease_workers.c.lease_count)
+)
+
+OWN_BEAT = BEAT.where(lease_workers.c.worker_id == HOLDER)
+"""The worker's own row alone: what a heartbeat does on SQLite beside its leases."""
+
+REPORT = update(lease_workers).where(lease_workers.c.worker_id == HOLDER).values(lease_count=HELD)
+"""How many leases the worker holds, told by the transaction that changes it. Only a heartbeat extends the row."""
+
+
+def _locked_by_key(asked: FromClause, *conditions: ColumnElement[bool]) -> CTE:
+    """Those of a batch of the holder's grants that still are so, locked; the locked ones of others are left out.
+
+    Row by row, each found by its key: no statistics of who owns how many can lead PostgreSQL's planner to anything
+    else. (A plan made before the first ANALYZE took the index on owner, and compared all of its rows with all that are
+    asked.)
+    """
+    row = (
+        select(leases.c.stream_id)
+        .where(
+            leases.c.stream_id == asked.c.stream_id,
+            leases.c.fencing_token == asked.c.fencing_token,
+            func.coalesce(leases.c.owner, "") == HOLDER,
+            *conditions,
+        )
+        .with_for_update(key_share=True, skip_locked=True, of=leases)
+        .lateral("row")
+    )
+    return select(*asked.c).select_from(asked.join(row, true())).cte("locked").prefix_with("MATERIALIZED")
+
 
 @cache
 def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
     """Extend a batch of leases, and the worker's own row.
 
-    PostgreSQL answers with what went otherwise than hoped, as rows `(stream_id, renewed, ending)`, and with a last row
-    whose stream_id is null and whose `renewed` says whether the worker's row was there. SQLite, which cannot
-    update inside a CTE, answers with a row for each lease that it extended.
+    PostgreSQL answers with what went otherwise than hoped, as rows `(stream_id, renewed, ending)`: `renewed` is null
+    for a row in the holder's name that was not asked for. And with a last row whose stream_id is null and whose
+    `renewed` says whether the worker's row was there. SQLite, which cannot update inside a CTE, answers with a row for
+    each lease that it extended; `strays` has the rest.
     """
     asked = grants_asked(dialect)
     if dialect != POSTGRESQL:
@@ -240,20 +291,7 @@ def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
             .values(expires_at=later(TTL))
             .returning(leases.c.stream_id, ENDING)
         )
-    # Row by row, each found by its key: no statistics of who owns how many can lead the planner to anything else. (A
-    # plan made before the first ANALYZE took the index on owner, and compared all of its rows with all that are asked.)
-    row = (
-        select(leases.c.stream_id)
-        .where(
-            leases.c.stream_id == asked.c.stream_id,
-            leases.c.fencing_token == asked.c.fencing_token,
-            func.coalesce(leases.c.owner, "") == HOLDER,
-            leases.c.expires_at > now(),
-        )
-        .with_for_update(key_share=True, skip_locked=True, of=leases)
-        .lateral("row")
-    )
-    locked = select(row.c.stream_id).select_from(asked.join(row, true())).cte("locked").prefix_with("MATERIALIZED")
+    locked = _locked_by_key(asked, leases.c.expires_at > now())
     renewed = (
         update(leases)
         .where(leases.c.stream_id == locked.c.stream_id)
@@ -261,45 +299,28 @@ def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
         .returning(leases.c.stream_id, ENDING)
         .cte("renewed")
     )
-    own = _OWN_ROW.cte("own").prefix_with("MATERIALIZED")
-    worker = (
-        _beat().where(lease_workers.c.worker_id == own.c.worker_id).returning(lease_workers.c.worker_id).cte("worker")
-    )
+    own = OWN_ROW.cte("own").prefix_with("MATERIALIZED")
+    worker = BEAT.where(lease_workers.c.worker_id == own.c.worker_id).returning(lease_workers.c.worker_id).cte("worker")
     otherwise = (
         select(asked.c.stream_id, renewed.c.stream_id.is_not(None).label("renewed"), renewed.c.ending)
         .select_from(asked.outerjoin(renewed, renewed.c.stream_id == asked.c.stream_id))
         .where(or_(renewed.c.stream_id.is_(None), renewed.c.ending.is_not(None)))
     )
     known = select(null(), exists(select(worker.c.worker_id)), null())
-    return select(union_all(otherwise, known).subquery("answer"), DURABLE)
+    stray = strays(dialect).subquery("stray")
+    unasked = select(stray.c.stream_id, null(), null())
+    return select(union_all(otherwise, unasked, known).subquery("answer"), DURABLE)
 
 
-def _beat() -> Update:
-    return update(lease_workers).values(expires_at=later(TTL), lease_count=bindparam("held", type_=Integer))
+@cache
+def strays(dialect: str) -> CompoundSelect[Any]:
+    """The rows in the holder's name that are not among the grants asked for.
 
-
-WORKER_BEAT = _beat().where(lease_workers.c.worker_id == HOLDER)
-"""The worker's own row alone: what a heartbeat does on SQLite beside its leases."""
-
-
-def _enlist() -> Any:
-    columns = ("worker_id", "host", "pid", "version", "pool", "capacity", "weight")
-    build = postgresql.insert(lease_workers).values(
-        {name: bindparam(f"its_{name}", type_=lease_workers.c[name].type) for name in columns}
-        | {"started_at": now(), "expires_at": later(TTL)}
-    )
-    return build.on_conflict_do_nothing(index_elements=[lease_workers.c.worker_id]).returning(lease_workers.c.worker_id)
-
-
-ENLIST = _enlist()
-"""Insert the worker's row. One that is there, perhaps locked, is left alone: this waits for nobody."""
-
-EXTEND_WORKER = (
-    update(lease_workers)
-    .where(one_of(lease_workers.c.worker_id, _OWN_ROW.scalar_subquery()))
-    .values(expires_at=later(TTL))
-)
-"""Extend the worker's row where it is there, and nobody has locked it."""
+    By EXCEPT, which hashes or sorts whatever the planner believes: an anti-join may compare all with all.
+    """
+    asked = grants_asked(dialect)
+    mine = select(leases.c.stream_id, leases.c.fencing_token).where(leases.c.owner == HOLDER)
+    return except_(mine, select(asked.c.stream_id, asked.c.fencing_token))
 
 
 @cache
@@ -315,34 +336,45 @@ def look(dialect: str) -> Select[Any]:
     ).select_from(asked.outerjoin(leases, leases.c.stream_id == asked.c.stream_id))
 
 
-# --- strays ----------------------------------------------------------------------------------------------------
-
-_STRAY = _locked(select(leases.c.stream_id).where(leases.c.owner == HOLDER, EXPIRED), "stray")
-
-LET_GO_EXPIRED = (
-    update(leases)
-    .where(one_of(leases.c.stream_id, select(_STRAY.c.stream_id).scalar_subquery()))
-    .values(owner=None, expires_at=None, available_at=now())
-    .returning(leases.c.stream_id)
-)
-"""Free what has expired in one owner's name."""
-
-
 # --- release ---------------------------------------------------------------------------------------------------
 
-RELEASE = (
-    update(leases)
-    .where(MINE)
-    .values(
+
+def _let_go(backoff: ColumnElement[float], error: ColumnElement[str | None]) -> Update:
+    return update(leases).values(
         owner=None,
         expires_at=None,
-        available_at=later(bindparam("backoff", type_=Double)),
-        failures=case((bindparam("error", type_=Text).is_not(None), leases.c.failures + 1), else_=0),
-        last_error=bindparam("error", type_=Text),
+        available_at=later(backoff),
+        failures=case((error.is_not(None), leases.c.failures + 1), else_=0),
+        last_error=error,
     )
-    .returning(leases.c.stream_id)
-)
+
+
+_LET_GO = (leases.c.stream_id, freed(leases.c.pool).label("notified"))
+
+RELEASE = _let_go(bindparam("backoff", type_=Double), bindparam("error", type_=Text)).where(MINE).returning(*_LET_GO)
 """Let one grant go. The token stays. Does not wait for fenced writes in flight: they commit before the next grant."""
+
+
+@cache
+def release_all(dialect: str) -> ReturningUpdate[Any]:
+    """Let a batch of one owner's grants go. A row that somebody has locked is left out, and not in the answer."""
+    asked = endings_asked(dialect)
+    locked = _locked_by_key(asked) if dialect == POSTGRESQL else asked
+    return (
+        _let_go(locked.c.backoff, locked.c.error)
+        .where(
+            leases.c.stream_id == locked.c.stream_id,
+            leases.c.fencing_token == locked.c.fencing_token,
+            func.coalesce(leases.c.owner, "") == HOLDER,  # not by the index on owner, here too
+        )
+        .returning(*_LET_GO)
+    )
+
+
+RECOVER = (
+    update(leases).where(MINE, leases.c.failures > 0).values(failures=0, last_error=None).returning(leases.c.stream_id)
+)
+"""Forget the failures of a stream on which the work goes on well."""
 
 
 # --- checkpoint --------------------------------------------------------------------------------------------------

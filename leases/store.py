@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
-from leases import administration, events, migrate, operations, recipes, views
+from leases import administration, events, fleet, fork, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_engine, describe
 from leases.errors import LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
@@ -68,7 +68,7 @@ class LeaseStore:
 
     >>> store = LeaseStore("sqlite://")
     >>> store.migrate()
-    (None, '0001')
+    (None, '0002')
     >>> lease = store.acquire("orders/7", owner="worker-1", ttl=timedelta(seconds=15))
     >>> lease.fencing_token
     1
@@ -88,6 +88,7 @@ class LeaseStore:
         self.schema = schema
         self.retry_for = retry_for
         self._tables = Tables(self.url, schema)
+        fork.tell(self)
 
     def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this code's version; return the versions before and after. May be repeated."""
@@ -190,6 +191,11 @@ class LeaseStore:
         if self.closes_engine:
             self.base_engine.dispose()
 
+    def orphan(self) -> None:
+        """Let a forked child open connections of its own, if the Engine is ours: those in the pool are the parent's."""
+        if self.closes_engine:
+            self.base_engine.dispose(close=False)
+
     def __enter__(self) -> Self:
         return self
 
@@ -205,8 +211,10 @@ class LeaseStore:
     claim = _recipe(recipes.claim)
     renew = method(operations.renew)
     release = method(operations.release)
-    enlist = method(operations.enlist)
-    dismiss = method(operations.dismiss)
+    release_all = method(operations.release_all)
+    enlist = method(fleet.enlist)
+    dismiss = method(fleet.dismiss)
+    drain = method(fleet.drain)
     expire = _recipe(recipes.expire)
     steal = _recipe(recipes.steal)
     pause = method(administration.pause)

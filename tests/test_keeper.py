@@ -27,6 +27,7 @@ from leases import (
     StreamSession,
 )
 from leases import engine as engines
+from leases.line import Line
 
 SOON_S = 10
 """How long a test waits for what must come, before it fails."""
@@ -65,6 +66,12 @@ class Seen:
             self.renewed_thrice.set()
 
 
+def beat(registry: SessionRegistry) -> None:
+    """Send a heartbeat now."""
+    assert registry.heart is not None
+    registry.keeper.beat(registry.heart.line)
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -79,7 +86,7 @@ def seen() -> Seen:
 def registry(store: LeaseStore, clock: Clock, seen: Seen) -> Iterator[SessionRegistry]:
     """A registry whose clock stands still, and whose leases are long: nothing happens unless the test makes it."""
     with SessionRegistry(store, owner="me", ttl=TTL, clock=clock, on_lost=seen.on_lost) as opened:
-        opened.keeper.start()
+        opened.start()
         assert wait_for(lambda: opened.health().beat_age is not None)  # the next beat by itself is far away
         yield opened
 
@@ -141,7 +148,7 @@ def test_closing_the_registry_releases_all_and_takes_the_process_off_the_list(st
     registry = SessionRegistry(store, owner="me", ttl=TTL)
     for stream_id in ("a", "b"):
         registry.open(stream_id)
-    registry.keeper.beat()
+    beat(registry)
     assert [worker.worker_id for worker in store.workers()] == ["me"]
     registry.close()
     registry.close()
@@ -186,6 +193,7 @@ def test_a_refused_write_ends_the_session(registry: SessionRegistry, store: Leas
         session.append({"e": 1})
     assert (refusal.value.fencing_token, refusal.value.current_token) == (session.token, stolen.fencing_token)
     assert session.lost.is_set()
+    assert seen.was_lost.wait(SOON_S)  # perhaps by a heartbeat: the owner is notified of a steal
     assert seen.lost == [("s", Loss.TAKEN)]
     with pytest.raises(LeaseLost, match="taken"):
         session.append({"e": 1})
@@ -196,7 +204,7 @@ def test_a_lost_session_cannot_harm_the_next_grant_of_the_same_owner(
 ) -> None:
     first = registry.open("s")
     store.expire("s", actor="operator")
-    registry.keeper.beat()
+    beat(registry)
     second = registry.open("s")
     first.close()
     assert registry.sessions == {"s": second}
@@ -217,9 +225,9 @@ def expiry(store: LeaseStore, stream_id: str) -> Any:
 def test_a_beat_extends_every_lease_and_the_process_itself(registry: SessionRegistry, store: LeaseStore) -> None:
     for stream_id in ("a", "b"):
         registry.open(stream_id)
-    registry.keeper.beat()
+    beat(registry)
     before = [expiry(store, "a"), expiry(store, "b"), store.workers()[0].expires_at]
-    registry.keeper.beat()
+    beat(registry)
     after = [expiry(store, "a"), expiry(store, "b"), store.workers()[0].expires_at]
     assert all(later >= earlier for earlier, later in zip(before, after, strict=True))
     assert after != before
@@ -232,17 +240,18 @@ def test_trust_counts_from_before_the_send(
     session = registry.open("s")
     trusted = session.remaining()
     assert trusted < TTL
-    run = registry.keeper._store.run
+    assert registry.heart is not None
+    run = registry.heart.line.run
 
-    def slow(call: Callable[..., Any]) -> Any:
+    def slow(call: Callable[..., Any], **options: Any) -> Any:
         clock.now_s += 20  # on the way there …
-        answer = run(call)
+        answer = run(call, **options)
         clock.now_s += 20  # … and back
         return answer
 
-    monkeypatch.setattr(registry.keeper._store, "run", slow)
-    monkeypatch.setattr(registry.keeper, "_enlisted", True)
-    registry.keeper.beat()
+    monkeypatch.setattr(registry.heart.line, "run", slow)
+    monkeypatch.setattr(registry.keeper, "_has_row", True)
+    beat(registry)
     assert session.remaining() == trusted - timedelta(seconds=40)
 
 
@@ -261,7 +270,7 @@ def test_a_beat_does_not_bring_back_a_session_that_was_lost(registry: SessionReg
     session = registry.open("s")
     clock.now_s += TTL.total_seconds()
     registry.keeper.end_overdue()
-    registry.keeper.beat()
+    beat(registry)
     assert session.loss == Loss.EXPIRED
     assert session.remaining() == timedelta(0)
 
@@ -277,7 +286,7 @@ def test_a_beat_finds_out_why_a_lease_was_lost(
         store.expire("s", actor="operator")
     else:
         store.release(session.lease)
-    registry.keeper.beat()
+    beat(registry)
     assert session.lost.is_set()
     assert session.stopping.is_set()
     assert seen.lost == [("s", loss)]
@@ -292,7 +301,7 @@ def test_a_paused_or_retired_stream_asks_its_session_to_finish(
         store.pause("s", actor="operator")
     else:
         store.retire(["s"])
-    registry.keeper.beat()
+    beat(registry)
     assert session.stopping.is_set()
     assert not session.lost.is_set()
     assert session.append({"last": 1}).count == 1
@@ -306,11 +315,11 @@ def test_a_locked_row_costs_no_other_lease(postgresql_url: str, clock: Clock) ->
             connection.execute(text("SELECT 1 FROM leases WHERE stream_id = 'locked' FOR UPDATE"))
             before = locked.remaining(), free.remaining()
             clock.now_s += 1
-            registry.keeper.beat()
+            beat(registry)
             assert locked.remaining() == before[0] - timedelta(seconds=1)
             assert free.remaining() == before[1]
         assert not locked.lost.is_set()
-        registry.keeper.beat()
+        beat(registry)
         assert locked.remaining() == before[0]
 
 
@@ -349,7 +358,7 @@ def test_a_locked_worker_row_costs_no_lease(postgresql_url: str, clock: Clock) -
             before = session.remaining()
             for _ in range(3):
                 clock.now_s += 1
-                registry.keeper.beat()
+                beat(registry)
                 assert session.remaining() == before
 
 
@@ -360,7 +369,7 @@ def test_what_expired_in_a_live_workers_name_returns_to_the_fleet(registry: Sess
     assert wait_for(lambda: not store.get("stray").live)  # type: ignore[union-attr]
     assert store.claim(owner="other", ttl=TTL, limit=1) == []
     for _ in range(3):
-        registry.keeper.beat()
+        beat(registry)
     claimed = store.claim(owner="other", ttl=TTL, limit=1)
     assert [grant.fencing_token for grant in claimed] == [lease.fencing_token + 1]
 
@@ -486,13 +495,13 @@ def test_a_heartbeat_that_fails_in_an_unforeseen_way_is_followed_by_the_next(
     store: LeaseStore, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SessionRegistry(store, ttl=QUICK, on_renewed=seen.on_renewed) as registry:
-        beat, failed = registry.keeper.beat, threading.Event()
+        keep_on, failed = registry.keeper.beat, threading.Event()
 
-        def fails_once() -> None:
+        def fails_once(line: Line) -> None:
             if not failed.is_set():
                 failed.set()
                 raise RuntimeError("can't start new thread")
-            beat()
+            keep_on(line)
 
         monkeypatch.setattr(registry.keeper, "beat", fails_once)
         registry.open("s")

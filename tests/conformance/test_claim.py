@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from leases import ConfigError, Lease, LeaseStore
-from leases.model import Worker
+from leases.model import Membership
 from tests.clock import Clock
 from tests.conformance.driver import TTL, take
 
@@ -17,8 +17,8 @@ def names(leases: list[Lease]) -> list[str]:
     return [lease.stream_id for lease in leases]
 
 
-def worker(name: str) -> Worker:
-    return Worker(worker_id=name, host="h", pid=1, version="0")
+def worker(name: str) -> Membership:
+    return Membership(worker_id=name, host="h", pid=1, version="0")
 
 
 def test_what_is_free_longest_comes_first(store: LeaseStore, clock: Clock) -> None:

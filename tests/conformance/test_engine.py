@@ -91,8 +91,8 @@ def test_the_tables_of_two_schemas_know_nothing_of_each_other(
 ) -> None:
     for loop in (None, event_loop_thread):
         with opened(postgresql_url, loop) as plain, opened(postgresql_url, loop, schema=schema) as store:
-            assert store.migrate()[1] == "0001"
-            assert store.migrate() == ("0001", "0001")
+            assert store.migrate()[1] == "0002"
+            assert store.migrate() == ("0002", "0002")
             stream = "sync" if loop is None else "async"
             lease = take(store, stream)
             assert take(plain, stream, owner="two").fencing_token == 1

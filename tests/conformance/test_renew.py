@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from leases import LeaseStore
-from leases.model import Loss, Worker
+from leases.model import Loss, Membership
 from tests.clock import Clock
 from tests.conformance.driver import TTL, rows, take
 
@@ -103,10 +103,10 @@ def test_a_paused_or_retired_lease_is_extended_and_told_to_end(store: LeaseStore
 
 
 def test_the_workers_own_row_is_extended_with_its_leases(store: LeaseStore, clock: Clock) -> None:
-    store.enlist(Worker(worker_id="one", host="h", pid=7, version="1"), ttl=TTL)
+    store.enlist(Membership(worker_id="one", host="h", pid=7, version="1"), ttl=TTL)
     leases = [take(store, "a"), take(store, "b")]
     clock.advance(10)
-    assert store.renew(leases, owner="one", ttl=TTL).worker_known
+    assert store.renew(leases, owner="one", ttl=TTL, held=2).worker_known
     (worker,) = store.workers()
     assert (worker.expires_at, worker.lease_count, worker.live) == (clock.now() + TTL, 2, True)
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from leases import ConfigError, LeaseStore
-from leases.model import State, Worker
+from leases.model import Membership, State
 from tests.clock import Clock
 from tests.conformance.driver import TTL, take
 
@@ -130,9 +130,9 @@ def test_who_owned_a_stream_at_a_time(store: LeaseStore, clock: Clock) -> None:
 
 
 def test_the_fleet(store: LeaseStore, clock: Clock) -> None:
-    one = Worker(worker_id="one", host="h1", pid=1, version="0.1", pool="p", capacity=4, weight=2.5)
+    one = Membership(worker_id="one", host="h1", pid=1, version="0.1", pool="p", capacity=4, weight=2.5)
     store.enlist(one, ttl=TTL)
-    store.enlist(Worker(worker_id="two", host="h2", pid=2, version="0.1"), ttl=timedelta(seconds=30))
+    store.enlist(Membership(worker_id="two", host="h2", pid=2, version="0.1"), ttl=timedelta(seconds=30))
     began = clock.now()
     clock.advance(15)
     first, second = store.workers()
@@ -150,7 +150,7 @@ def test_the_fleet(store: LeaseStore, clock: Clock) -> None:
 
 
 def test_dead_workers_are_pruned(store: LeaseStore, clock: Clock) -> None:
-    store.enlist(Worker(worker_id="one", host="h", pid=1, version="0"), ttl=TTL)
+    store.enlist(Membership(worker_id="one", host="h", pid=1, version="0"), ttl=TTL)
     clock.advance(3600)
     assert store.prune(before=clock.now()).workers == 1
     assert store.workers() == []

@@ -1,0 +1,163 @@
+"""A line to the database: one connection for one thread, kept open from transaction to transaction.
+
+What beats and plans without end has one of its own, so that it neither waits for a pool, nor pays for looking a
+connection up, nor loses what it hears. A line that broke is opened anew with the next transaction.
+
+On PostgreSQL a line can listen. A notification is a hint, never the truth: it may be lost (a broken connection, a
+pooler), so whoever listens also asks from time to time. On SQLite there is none, and `wait` only waits.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from math import ceil
+from typing import Any
+
+import psycopg
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from leases import fork
+from leases.dialects import CHANNEL, POSTGRESQL
+from leases.engine import BUSY_OPTION, READ_OPTION, dedicated
+from leases.store import LeaseStore
+from leases.transaction import R, Tables, own, transact, translated
+
+
+class Line:
+    """A connection of a store's database: for one thread, or several in turn. Others may `wake` it, or `cut` a call."""
+
+    def __init__(self, store: LeaseStore, *, listens: bool = False, busy_timeout_s: float | None = None) -> None:
+        engine = dedicated(store.base_engine)
+        self._owned: Engine | None = engine if engine is not store.base_engine else None
+        self._engine = own(engine, store.schema)
+        if busy_timeout_s is not None:
+            self._engine = self._engine.execution_options(**{BUSY_OPTION: max(1, int(busy_timeout_s * 1000))})
+        self._tables = Tables(store.url, store.schema)
+        self._listens = listens and self._engine.dialect.name == POSTGRESQL
+        self._connection: Connection | None = None
+        self._heard: int | None = None
+        self._turn = threading.Lock()
+        # Guards what other threads do: no call is cut after its end, and no pipe is written to after its.
+        self._guard = threading.Lock()
+        self._running: Any = None
+        self._woken, self._waker = os.pipe()
+        for end in (self._woken, self._waker):
+            os.set_blocking(end, False)
+        fork.tell(self)
+
+    def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
+        """Run a function in a transaction, once. Raises what the store raises; then the connection is given up."""
+        self._tables.check_file()
+        with self._turn, translated(self._tables.url):
+            connection = self._opened()
+            with self._guard:
+                self._running = connection.connection.driver_connection
+            try:
+                return transact(connection, self._tables, lambda own, _: call(own), 1, {READ_OPTION: read_only})
+            except BaseException:
+                self._give_up()
+                raise
+            finally:
+                with self._guard:
+                    self._running = None
+                if self._owned is None:  # the one connection of a database in memory is for everybody
+                    self._hang_up()
+
+    def cut(self) -> bool:
+        """Break the connection if a call is running on it: whoever waits gets an error at once. From any thread."""
+        with self._guard:
+            running, self._running = self._running, None
+            if running is not None:
+                _cut(running)
+            return running is not None
+
+    def _opened(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._engine.connect()
+            if self._listens:
+                with self._connection.begin():
+                    self._connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+                driver: Any = self._connection.connection.driver_connection
+                self._heard = driver.fileno()
+        return self._connection
+
+    def wait(self, timeout_s: float) -> list[str]:
+        """Wait until something is heard, `wake` is called, or the time has passed; return what was heard."""
+        heard = self._notifications()
+        if heard or timeout_s <= 0:
+            return heard
+        poller = select.poll()
+        poller.register(self._woken, select.POLLIN)
+        if self._heard is not None:
+            poller.register(self._heard, select.POLLIN)
+        poller.poll(ceil(min(timeout_s, 86_400.0) * 1000))
+        with suppress(BlockingIOError):
+            os.read(self._woken, 4096)
+        return self._notifications()
+
+    def _notifications(self) -> list[str]:
+        with self._turn:
+            if self._heard is None or self._connection is None:
+                return []
+            driver: Any = self._connection.connection.driver_connection
+            try:
+                return [notification.payload for notification in driver.notifies(timeout=0)]
+            except psycopg.Error:  # it broke: the next transaction begins with a new one
+                self._give_up()
+                return []
+
+    def wake(self) -> None:
+        """End a `wait`, or the next one, at once. From any thread; after `close` it does nothing."""
+        with self._guard, suppress(BlockingIOError):  # a full pipe wakes as well
+            if self._waker >= 0:
+                os.write(self._waker, b"!")
+
+    def _give_up(self) -> None:
+        if self._connection is not None:
+            with suppress(SQLAlchemyError):
+                self._connection.invalidate()
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        connection, self._connection, self._heard = self._connection, None, None
+        if connection is not None:
+            with suppress(SQLAlchemyError):
+                connection.close()
+
+    def close(self) -> None:
+        """Close the connection. A second call is harmless."""
+        with self._turn:
+            self._hang_up()
+        if self._owned is not None:
+            self._owned.dispose()
+        with self._guard:
+            ends, self._woken, self._waker = (self._woken, self._waker), -1, -1
+        for end in ends:
+            if end >= 0:
+                os.close(end)
+
+    def orphan(self) -> None:
+        """Let a forked child's copy of the connection lead nowhere; the object is kept, since its end would speak."""
+        if self._heard is not None or isinstance(self._running, psycopg.Connection):
+            number = self._heard if self._heard is not None else self._running.fileno()
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+def _cut(connection: Any) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        with suppress(sqlite3.Error):  # closed meanwhile
+            connection.interrupt()
+    elif isinstance(connection, psycopg.Connection):
+        # By the socket, not by close(): libpq's connection belongs to the thread that waits on it.
+        with suppress(OSError, psycopg.Error):
+            with socket.socket(fileno=os.dup(connection.fileno())) as copy:
+                copy.shutdown(socket.SHUT_RDWR)

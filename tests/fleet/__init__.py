@@ -1,0 +1,1 @@
+"""Fleets of workers: in virtual time, and as real processes."""
