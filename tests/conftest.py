@@ -32,7 +32,7 @@ def maintenance(server: postgres.Server) -> Iterator[Engine]:
     engine.dispose()
 
 
-def _create_database(maintenance: Engine, template: str) -> str:
+def create_database(maintenance: Engine, template: str) -> str:
     name = f"leases_test_{next(NUMBER)}"
     with maintenance.connect() as connection:
         connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
@@ -41,7 +41,7 @@ def _create_database(maintenance: Engine, template: str) -> str:
     return url.render_as_string(hide_password=False)
 
 
-def _drop_database(maintenance: Engine, url: str) -> None:
+def drop_database(maintenance: Engine, url: str) -> None:
     with maintenance.connect() as connection:
         connection.execute(text(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)"))
 
@@ -49,11 +49,11 @@ def _drop_database(maintenance: Engine, url: str) -> None:
 @pytest.fixture(scope="session")
 def migrated_postgresql(maintenance: Engine) -> Iterator[str]:
     """The name of a migrated database, to copy from."""
-    url = _create_database(maintenance, "template0")
+    url = create_database(maintenance, "template0")
     with LeaseStore(url) as store:
         store.migrate()
     yield url.rpartition("/")[2]
-    _drop_database(maintenance, url)
+    drop_database(maintenance, url)
 
 
 @pytest.fixture(scope="session")
@@ -68,17 +68,17 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def empty_postgresql_url(maintenance: Engine) -> Iterator[str]:
     """A database of its own, without tables."""
-    url = _create_database(maintenance, "template0")
+    url = create_database(maintenance, "template0")
     yield url
-    _drop_database(maintenance, url)
+    drop_database(maintenance, url)
 
 
 @pytest.fixture
 def postgresql_url(maintenance: Engine, migrated_postgresql: str) -> Iterator[str]:
     """A migrated database of its own."""
-    url = _create_database(maintenance, migrated_postgresql)
+    url = create_database(maintenance, migrated_postgresql)
     yield url
-    _drop_database(maintenance, url)
+    drop_database(maintenance, url)
 
 
 @pytest.fixture

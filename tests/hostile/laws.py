@@ -18,6 +18,7 @@ import psycopg
 from sqlalchemy.engine import make_url
 
 from leases import Lease, LeasesError, LeaseStore
+from leases.model import Membership
 from leases.schema import metadata
 from tests.canary import CANARY
 
@@ -83,7 +84,7 @@ def _said(error: BaseException) -> str:
 
 
 class World:
-    """A migrated database with a few streams, one of them held; it can be looked at, and put back."""
+    """A migrated database with a few streams, one of them held, and a live worker; to be looked at, and put back."""
 
     def __init__(self, url: str, room: Path) -> None:
         self.url = url
@@ -93,6 +94,7 @@ class World:
             store.acquire("expired", owner="dead", ttl=timedelta(milliseconds=10))
             store.pause("paused", actor="op")
             store.retire(["retired"])
+            store.enlist(Membership("lively", "host", 1, "1", pool="default"), ttl=timedelta(hours=24))
         assert held is not None
         self.held: Lease = held
         parsed = make_url(url)
@@ -131,6 +133,12 @@ class World:
             if error is not None:
                 raise Broken(f"refused with {error!r}, and yet rows have changed")
         return error
+
+    def restored(self) -> World:
+        """Itself, with all rows what they were at first."""
+        if self.look() != self.rows:
+            self.put_back()
+        return self
 
     def put_back(self) -> None:
         """Make all rows what they were at first."""

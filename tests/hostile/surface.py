@@ -1,4 +1,4 @@
-"""What is attacked: every public name, by which test; and what is known to break a law today.
+"""What is attacked: every public name, by which test; and what may come out that is none of our errors.
 
 A new name of `leases.__all__` is put into `ATTACKED`, unless it is a value; a new method of a store is attacked by
 itself, as soon as `values.parameters` knows each name of its parameters. A new command is attacked too, unless
@@ -28,6 +28,10 @@ ATTACKED = {
     "unprotect": "test_functions.test_a_trigger",
     "SessionRegistry": "test_registry.test_a_registry",
     "StreamSession": "test_registry.test_a_session",
+    "AsyncStreamSession": "test_workers.test_an_async_session",
+    "Worker": "test_workers.test_what_works_is_made",
+    "LeaderElection": "test_workers.test_what_works_is_made",
+    "Backoff": "test_workers.test_a_backoff",
 }
 """The public functions and classes, and the test that attacks each."""
 
@@ -37,6 +41,7 @@ OTHERWISE = {
     "migrate": "test_surroundings.test_many_migrate_at_once",
     "close": "takes nothing, and is called at each test's end",
     "sync_store": "takes nothing",
+    "orphan": "takes nothing: forgets the connections, in a forked child",
 }
 """The methods of the stores that are not attacked by their parameters, and why or where."""
 
@@ -70,49 +75,18 @@ STORES = (LeaseStore, EventLog, AsyncLeaseStore, AsyncEventLog)
 Escape = tuple[str, str, str]
 """A method, its parameter, and the name of what comes out of it that is none of ours."""
 
-KNOWN: frozenset[Escape] = frozenset(
-    (where.partition(".")[0], where.partition(".")[2], error)
-    for where, errors in {
-        "register.stream_ids": "TypeError",
-        "retire.stream_ids": "TypeError",
-        "acquire.before_send": "TypeError",
-        "claim.before_send": "TypeError",
-        "renew.leases": "AttributeError KeyError TypeError UnicodeEncodeError ValueError",
-        "release.lease": "AttributeError OverflowError UnicodeEncodeError",
-        "release.backoff": "AttributeError",
-        "enlist.worker": "AttributeError OverflowError UnicodeEncodeError",
-        "dismiss.worker_id": "OverflowError UnicodeEncodeError",
-        "expire.fencing_token": "ValueError",
-        "steal.fencing_token": "ValueError",
-        "list.state": "ValueError",
-        "grants.at": "AttributeError",
-        "write_checkpoint.lease": "AttributeError OverflowError UnicodeEncodeError",
-        "prune.before": "AttributeError",
-        "raise_tokens.reason": "ValueError",
-        "append.lease": "AttributeError OverflowError UnicodeEncodeError",
-        "append.events": "AttributeError TypeError",
-        "read.after_seq": "OverflowError",
-        "fence.lease": "AttributeError OverflowError UnicodeEncodeError",
-        "advance_watermark.lease": "AttributeError OverflowError UnicodeEncodeError",
-        "fenced.lease": "AttributeError OverflowError UnicodeEncodeError",
-        "protect.table": "AttributeError TypeError UnicodeEncodeError ValueError",
-        "protect.stream_id": "AttributeError TypeError UnicodeEncodeError",
-        "protect.fencing_token": "AttributeError TypeError",
-        "unprotect.table": "AttributeError TypeError UnicodeEncodeError ValueError",
-        "protect.schema": "AttributeError TypeError UnicodeEncodeError",
-        "protect.lease_schema": "AttributeError TypeError UnicodeEncodeError",
-        "unprotect.schema": "AttributeError TypeError UnicodeEncodeError",
-        "SessionRegistry.store": "AttributeError",
-        "session_append.events": "AttributeError TypeError",
-    }.items()
-    for error in errors.split()
+ACCEPTED: frozenset[Escape] = frozenset(
+    {
+        ("acquire", "before_send", "TypeError"),
+        ("claim", "before_send", "TypeError"),
+    }
 )
-"""What breaks the first law today."""
+"""What comes out all the same, as Python has it: a function of the caller's that is none cannot be called."""
 
 
 def compare(found: Mapping[Escape, str], *, tried: Collection[str]) -> None:
-    """What escapes of those that were tried is what is known to: a new one fails, and so does one that is mended."""
-    new = {escape: story for escape, story in found.items() if escape not in KNOWN}
+    """What escapes of those that were tried is what may: a new one fails, and so does one that is mended."""
+    new = {escape: story for escape, story in found.items() if escape not in ACCEPTED}
     assert not new, "not one of ours:\n" + "\n".join(f"{escape}: {story}" for escape, story in new.items())
-    mended = {escape for escape in KNOWN if escape[0] in tried} - found.keys()
-    assert not mended, f"mended; take out of KNOWN: {sorted(mended)}"
+    mended = {escape for escape in ACCEPTED if escape[0] in tried} - found.keys()
+    assert not mended, f"mended; take out of ACCEPTED: {sorted(mended)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,10 +20,11 @@ from leases.cli.context import URL_VARIABLE
 from leases.cli.run import HELD, NO_STORE, NOT_EXECUTABLE, NOT_FOUND
 from tests.canary import CANARY
 from tests.hostile.laws import World, in_time
-from tests.hostile.values import TEXT_ARGUMENTS
+from tests.hostile.values import SQL, TEXT_ARGUMENTS
 
 OTHERWISE = {
     "demo": "starts workers of its own, for half a minute: its bad input alone is tried, by test_the_demo",
+    "work": "works until it is asked to stop: its bad input alone is tried, by test_the_work",
     "migrate": "test_surroundings.test_many_migrate_at_once; takes no more than the common options",
 }
 """The commands that are not attacked by their parameters, and why or where."""
@@ -30,6 +32,7 @@ OTHERWISE = {
 GOOD: dict[str, tuple[str, ...]] = {
     "stream": ("free",), "streams": ("free",), "glob": ("*",), "to": ("w2",), "owner": ("w",), "reason": ("why",),
     "command": ("--", "/nowhere/command"), "older_than": ("30d",), "token": ("1",), "pool": ("default",),
+    "worker": ("lively",),
 }  # fmt: skip
 """What makes a command line whole, by the name of the parameter; a new required one must stand here."""
 
@@ -91,8 +94,8 @@ def line(command: click.Command, chosen: dict[str, str]) -> list[str]:
             options += [parameter.opts[0]] if is_flag(parameter) else [parameter.opts[0], chosen[name]]
         elif parameter.required:
             options += [parameter.opts[0], *GOOD[name]]
-    if any("--yes" in each.opts for each in command.params):
-        options.append("--yes")
+    asked = {option for each in command.params for option in each.opts}
+    options += [each for each in ("--yes", "--no-wait") if each in asked]
     return [*options, *arguments]
 
 
@@ -102,7 +105,7 @@ def is_flag(parameter: click.Parameter) -> bool:
 
 def parameters(command: click.Command) -> Iterator[click.Parameter]:
     """Those that are attacked; the database stays the test's."""
-    yield from (each for each in command.params if each.name not in ("url", "yes", "help"))
+    yield from (each for each in command.params if each.name not in ("url", "yes", "no_wait", "help"))
 
 
 @pytest.mark.usefixtures("database")
@@ -198,6 +201,38 @@ NUL_IN_A_PATH = pytest.param(
 def test_the_demo(world: World, arguments: list[str]) -> None:
     code, out, _ = run("demo", *arguments)
     assert (code, out) in ((1, ""), (2, ""))
+    assert world.look() == world.rows
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [""], [":"], ["json"], ["json:"], [":dumps"], ["no_such_module:f"],
+        ["..x:f"], [".:f"], ["a\0b:f"], ["\ud800:f"],
+        ["json:no"], ["json:\ud800"], ["json:a\0"], ["json:dumps.."], ["json:__name__"], ["x" * 5000 + ":f"],
+        [SQL + ":f"],
+        *(
+            ["json:dumps", *options]
+            for options in (
+                ["--weight", "nan"], ["--weight", "inf"], ["--weight", "0"], ["--weight", "-1"],
+                ["--weight", "9" * 5000], ["--capacity", "-1"], ["--capacity", "9" * 5000], ["--concurrency", "0"],
+                ["--ttl", "nan"], ["--ttl", "0"],
+                ["--poll-interval", "0"],
+                ["--poll-interval", "400d"], ["--stall-timeout", "0"], ["--drain-timeout", "-1"],
+                ["--name", "a\0"], ["--name", ""], ["--name", "lively"], ["--pool", "\ud800"],
+                ["--streams", "/nowhere/streams"], ["--streams", "/dev/null"], ["--streams", "."], ["--streams", ""],
+                ["--streams", "a\0b"], ["--streams", "/proc/self/exe"], ["--streams", "-"],
+            )
+        ),
+    ],
+    ids=lambda arguments: ascii(" ".join(arguments))[-40:],
+)  # fmt: skip
+def test_the_work(world: World, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is begun: no stream registered, no worker enlisted."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    code, out, _ = run("work", *arguments)
+    assert (code, out) == (2, "")
     assert world.look() == world.rows
 
 

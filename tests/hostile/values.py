@@ -14,7 +14,7 @@ from uuid import UUID
 from hypothesis import strategies as st
 
 from leases import Event, Lease
-from leases.model import State, Worker
+from leases.model import Ending, Membership, State
 
 HUGE = 10**5000
 """An integer that Python itself does not print."""
@@ -135,9 +135,28 @@ def leases(held: Lease) -> list[Any]:
     return [held, *forged, None, "held", 7, {}, Opaque()]
 
 
-def workers() -> list[Any]:
+def endings(held: Lease) -> list[Any]:
+    """Batches of grants to let go."""
+    bad = (
+        [Ending(lease) for lease in leases(held)]
+        + [Ending(held, backoff=backoff) for backoff in BACKOFFS]
+        + [Ending(held, error=error) for error in TEXTS]
+    )
+    return [
+        [Ending(held)],
+        [],
+        [Ending(held)] * 2,
+        *([each] for each in (*bad, held, None, 7)),
+        None,
+        7,
+        "held",
+        Endless(),
+    ]
+
+
+def members() -> list[Any]:
     """The rows of processes."""
-    good = Worker("w9", "host", 1, "1")
+    good = Membership("w9", "host", 1, "1")
     fields: dict[str, tuple[Any, ...]] = {
         "worker_id": NAMES, "host": TEXTS, "pid": COUNTS, "version": TEXTS, "pool": NAMES, "capacity": COUNTS,
         "weight": (0.0, -1.0, math.nan, math.inf, "1", None, HUGE, Opaque()),
@@ -161,7 +180,7 @@ def parameters(held: Lease) -> Mapping[str, list[Any]]:
         "checkpoint": (None, *DOCUMENTS), "events": events(number), "lease": some,
         "leases": [[held], [], *([each] for each in some), None, "held", 7, Endless()],
         "table": ("work", *NAMES), "schema": (None, *NAMES), "lease_schema": (None, *NAMES),
-        "worker": workers(), "before_send": (lambda: None, None, 7),
+        "member": members(), "endings": endings(held), "held": (None, *COUNTS), "before_send": (lambda: None, None, 7),
     }  # fmt: skip
     return {name: list(values) for name, values in kinds.items()}
 
