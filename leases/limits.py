@@ -115,7 +115,7 @@ def endings(values: Iterable[Ending]) -> list[Ending]:
         if not isinstance(value, Ending):
             raise ConfigError(f"an ending is an Ending, not {type(value).__name__}")
         lease(value.lease)
-        duration("backoff", value.backoff)
+        backoff_s(value.backoff)
         if value.error is not None:
             text("error", value.error)
     return given
@@ -202,6 +202,11 @@ def duration(what: str, value: timedelta, *, least: timedelta = timedelta(0)) ->
             f"not {value.total_seconds():g} s"
         )
     return value
+
+
+def backoff_s(value: timedelta) -> float:
+    """Return how long a stream rests when it is released, in seconds; a negative rest is none."""
+    return max(0.0, duration("backoff", value, least=-MAX_DURATION).total_seconds())
 
 
 def instant(what: str, value: datetime) -> datetime:

@@ -199,7 +199,7 @@ def release(
         write_checkpoint(connection, lease, checkpoint)
     values = {
         **named(lease),
-        "backoff": limits.duration("backoff", backoff).total_seconds(),
+        "backoff": limits.backoff_s(backoff),
         "error": None if error is None else limits.text("error", error),
     }
     return connection.execute(statements.RELEASE, values).one_or_none() is not None

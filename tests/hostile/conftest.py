@@ -11,7 +11,8 @@ import pytest
 
 from leases import LeaseStore
 from tests.conformance.driver import Loop, opened
-from tests.conftest import create_database, drop_database
+from tests.conftest import _create_database as create_database
+from tests.conftest import _drop_database as drop_database
 from tests.hostile.laws import World
 
 

@@ -62,6 +62,8 @@ def every_command(url: str) -> Iterator[tuple[str, int]]:
         chosen = {str(each.name): STREAM_OF.get(name, "free") for each in command.params if each.name in STREAMS}
         if any(each.name == "timeout" for each in command.params):
             chosen["timeout"] = "50ms"
+        if name == "run":
+            chosen["ttl"] = "300ms"  # it ends when its heartbeat has given up
         if name == "register":
             chosen["streams"] = "new"
         with in_time():

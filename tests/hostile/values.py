@@ -76,8 +76,28 @@ TTLS = (
     "15", b"15", None, True, Decimal(15), 15j, [15], Opaque(),
 )  # fmt: skip
 WAITS = (timedelta(0), timedelta(microseconds=1), timedelta(-1), timedelta.min, 0, 1.0, "1", None, math.nan, Opaque())
-TIMEOUTS = (timedelta(seconds=5), timedelta(0), timedelta(-1), timedelta.max, 5, "5", None, math.nan, Opaque())
-BACKOFFS = (timedelta(0), timedelta(seconds=1), timedelta(-1), timedelta.max, timedelta.min, 5, "5", None, Opaque())
+TIMEOUTS: tuple[Any, ...] = (
+    timedelta(seconds=5),
+    timedelta(0),
+    timedelta(-1),
+    timedelta.max,
+    5,
+    "5",
+    None,
+    math.nan,
+    Opaque(),
+)
+BACKOFFS: tuple[Any, ...] = (
+    timedelta(0),
+    timedelta(seconds=1),
+    timedelta(-1),
+    timedelta.max,
+    timedelta.min,
+    5,
+    "5",
+    None,
+    Opaque(),
+)
 
 TOKENS: tuple[Any, ...] = (0, 1, 2, 2**63 - 1, -1, 2**63, HUGE, True, 1.0, math.nan, "1", b"1", None, [1], Opaque())
 COUNTS = (1, 100, 0, -1, 1_000_001, 2**63, HUGE, True, 1.5, math.nan, "5", None, Opaque())
@@ -137,7 +157,7 @@ def leases(held: Lease) -> list[Any]:
 
 def endings(held: Lease) -> list[Any]:
     """Batches of grants to let go."""
-    bad = (
+    bad: list[Any] = (
         [Ending(lease) for lease in leases(held)]
         + [Ending(held, backoff=backoff) for backoff in BACKOFFS]
         + [Ending(held, error=error) for error in TEXTS]
