@@ -28,10 +28,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from leases import fleet, operations
-from leases.errors import ConfigError
+from leases.errors import ConfigError, LeasesError
 from leases.line import Line
 from leases.model import Lease, Loss, Membership, Renewal, Stray
 from leases.trust import Clock, Window, monotonic
@@ -58,6 +58,7 @@ class Told:
     ending: Callable[[Collection[str]], object]
     adopts: Callable[[Stray], bool] = lambda _: False
     adopted: Callable[[Lease, float], object] = lambda _lease, _sent_at_s: None
+    unanswered: Callable[[UUID], object] = lambda _: None
 
 
 @dataclass(slots=True)
@@ -257,8 +258,12 @@ class Keeper:
             if not stray.live or self._knows(stray) or not self._told.adopts(stray):
                 continue
             sent_at_s = self._clock()
-            adopt = partial(fleet.adopt, stray=stray, owner=owner, ttl=ttl, claim_id=uuid4())
-            lease = line.run(adopt)
+            claim_id = uuid4()
+            try:
+                lease = line.run(partial(fleet.adopt, stray=stray, owner=owner, ttl=ttl, claim_id=claim_id))
+            except LeasesError:
+                self._told.unanswered(claim_id)
+                raise
             if lease is not None:
                 self._tell(self._told.adopted, lease, sent_at_s)
 

@@ -160,14 +160,13 @@ def renew(
         worker_known = connection.execute(statements.OWN_BEAT, values).rowcount == 1
     # One whose grant is gone by now may be there as a stray, under a later token.
     ending = frozenset(row.stream_id for row in answer if row.stream_id is not None and row.ending)
-    lost = _losses(connection, [given[stream_id] for stream_id in missed]) if missed else {}
+    lost = _losses(connection, [given[stream_id] for stream_id in missed], owner) if missed else {}
     return Renewal(frozenset(missed - lost.keys()), lost, ending, worker_known, strays)
 
 
-def _losses(connection: Connection, missed: Sequence[Lease]) -> Mapping[str, Loss]:
+def _losses(connection: Connection, missed: Sequence[Lease], owner: str) -> Mapping[str, Loss]:
     """What became of the leases that a heartbeat did not extend; those that are still held are not in the answer."""
     dialect = dialects.name_of(connection)
-    owner = missed[0].owner
     lost = {}
     for row in connection.execute(statements.look(dialect), dialects.grants_given(dialect, missed)):
         if row.current_token == row.fencing_token and row.owner == owner:
@@ -218,7 +217,9 @@ def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str
     values = {**dialects.endings_given(dialect, given), "holder": limits.owner(owner)}
     released = frozenset(row.stream_id for row in connection.execute(statements.release_all(dialect), values))
     missed = [ending.lease for ending in given if ending.lease.stream_id not in released]
-    locked = {lease.stream_id for lease in missed} - _losses(connection, missed).keys() if missed else frozenset()
+    locked = (
+        {lease.stream_id for lease in missed} - _losses(connection, missed, owner).keys() if missed else frozenset()
+    )
     if held is not None:
         report(connection, owner, held=held + len(locked))
     return Released(released, frozenset(locked))

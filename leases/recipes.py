@@ -11,7 +11,7 @@ A recipe decides; the stores act, `LeaseStore` with threads and `AsyncLeaseStore
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from random import random
@@ -191,9 +191,16 @@ def _end_now(
         must_be_held=not for_steal,
         must_be_open=for_steal,
     )
-    observed: Observed = yield Wait(
-        lambda connection, _: call(connection), stream_id, timeout.total_seconds(), "nothing was changed"
-    )
+    ended: set[int] = set()
+
+    def attempt(connection: Connection, _: int) -> Observed:
+        observed = call(connection)
+        if observed.live:
+            ended.add(observed.fencing_token)
+        # One whose answer was lost has ended the lease, which was live then.
+        return replace(observed, live=observed.fencing_token in ended)
+
+    observed: Observed = yield Wait(attempt, stream_id, timeout.total_seconds(), "nothing was changed")
     return observed
 
 

@@ -98,7 +98,7 @@ class SessionRegistry:
         self._unanswered: deque[UUID] = deque(maxlen=1000)
         host, pid = socket.gethostname(), os.getpid()
         member = Membership(self.owner, host, pid, version("leases"), self.pool if competes else None, capacity, weight)
-        told = Told(self._renewed, self._lost, self._ending, self._may_adopt, self._adopted)
+        told = Told(self._renewed, self._lost, self._ending, self._may_adopt, self._adopted, self._unanswered.append)
         self.keeper = Keeper(member, Window.of(self.ttl), told, counts=not competes, clock=clock)
         self.heart = Heart(store, self.keeper, heard=heard) if threads else None
         fork.tell(self)

@@ -20,6 +20,7 @@ from leases import (
     Backoff,
     ConfigError,
     Happening,
+    Lease,
     LeaseStore,
     Loss,
     OutcomeUnknown,
@@ -440,6 +441,45 @@ def test_a_worker_that_has_stopped_is_not_started_again(store: LeaseStore) -> No
     worker.stop()
     with pytest.raises(ConfigError, match="has stopped"):
         worker.start()
+
+
+def test_a_stream_whose_row_is_locked_is_released_as_soon_as_it_is_not(postgresql_url: str) -> None:
+    with LeaseStore(postgresql_url) as store:
+        worker = Worker(store, idle, streams=["a", "b"], poll_interval=POLL).start()
+        until(lambda: len(worker.sessions) == 2, "it has both")
+        with store.engine.connect() as connection, connection.begin():
+            connection.execute(text("SELECT 1 FROM leases WHERE stream_id = 'a' FOR UPDATE"))
+            stopping = threading.Thread(target=worker.stop)
+            stopping.start()
+            until(lambda: (info := store.get("b")) is not None and info.owner is None, "the other is released")
+            assert (info := store.get("a")) is not None
+            assert info.owner == worker.name
+        stopping.join(SOON_S)
+        assert owners(store) == {None}
+
+
+def test_an_adoption_whose_answer_was_lost_is_made_once_more(
+    store: LeaseStore, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register(["moved"], pool="elsewhere")
+    worker = Worker(store, count_up, name="w1", poll_interval=POLL, ttl=QUICK, on_event=seen)
+    assert worker.registry.heart is not None
+    line = worker.registry.heart.line
+    run, lost = line.run, threading.Event()
+
+    def loses(call: Any, **options: Any) -> Any:
+        result = run(call, **options)
+        if isinstance(result, Lease) and not lost.is_set():
+            lost.set()
+            raise OutcomeUnknown("the answer to the adoption was lost")
+        return result
+
+    monkeypatch.setattr(line, "run", loses)
+    with worker:
+        until(lambda: worker.health().beat_age is not None, "it beats")
+        lease = store.steal("moved", to="w1", ttl=timedelta(minutes=5), actor="op")
+        assert seen.wait_for(Happening.GRANTED).fencing_token == lease.fencing_token
+        assert lost.is_set()
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import math
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import click
 from rich.console import Console
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from leases import ConfigError, LeaseStore, limits
@@ -21,6 +22,7 @@ from leases.cli.command import REFUSED, USAGE, Command, Failed, say
 from leases.cli.context import Settings, common_options
 from leases.cli.demo import ground, supervisor, view
 from leases.cli.demo.board import Board
+from leases.cli.demo.plan import Plan, owners
 from leases.cli.demo.proof import Proof, prove
 from leases.cli.demo.source import BadFile, Feed, Source
 from leases.cli.text import plural, shown
@@ -51,6 +53,7 @@ class Interrupted(BaseException):
     short_help="Kill and freeze workers; prove the event log whole.",
     example="""
 leases demo
+leases demo --workers 6 --kill 2 --freeze 1 --join 2 --drain 1
 leases demo --url postgresql://me@localhost/mine --json
 leases demo orders.csv --stream-by customer --id-by order_id --workers 8
 """,
@@ -76,6 +79,12 @@ leases demo orders.csv --stream-by customer --id-by order_id --workers 8
 @click.option(
     "--freeze", type=click.IntRange(0), default=1, show_default=True, help="Workers to freeze past their TTL (SIGSTOP)."
 )
+@click.option(
+    "--join", type=click.IntRange(0, MOST_WORKERS), default=0, show_default=True, help="Workers that come later."
+)
+@click.option(
+    "--drain", type=click.IntRange(0), default=0, show_default=True, help="Workers to ask to leave, in good order."
+)
 @common_options
 @click.pass_obj
 def demo(
@@ -87,13 +96,16 @@ def demo(
     ttl: float,
     kill: int,
     freeze: int,
+    join: int,
+    drain: int,
 ) -> None:
     """Let worker processes share the streams of a file; kill and freeze some; prove that the log is whole.
 
     FILE is a CSV, gzipped or not, in UTF-8, with a header; without it, a week of flights out of New York, whose
     streams are the routes. The workers append each stream's events, in order, to the event log. Some are killed, and
     some frozen, between their own last look at the lease and their write, where only the fence in the database can
-    stop them. At the end the log is compared with the file and with the record of who was granted what. Exit code 1
+    stop them. Workers may also join and leave while the run is under way: the streams are shared anew, and no work is
+    cut short. At the end the log is compared with the file and with the record of who was granted what. Exit code 1
     if an event is missing, is there twice, or was written under a stale token.
 
     Runs on a temporary SQLite file, or on the database of --url; never on that of the environment. With --json the
@@ -101,11 +113,13 @@ def demo(
     """
     if not math.isfinite(ttl) or ttl < SHORTEST_TTL_S:
         raise ConfigError(f"--ttl must be {SHORTEST_TTL_S:g} seconds or more, up to 24 h, not {ttl:g}")
-    plan = supervisor.Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze)
-    if kill + freeze >= workers:
+    plan = Plan(workers, limits.ttl(ttl).total_seconds(), kill, freeze, join, drain)
+    if kill + freeze + drain >= workers:
+        drained = f" and --drain {drain}" if drain else ""
         raise ConfigError(
-            f"--kill {kill} and --freeze {freeze} leave none of {plural(workers, 'worker')} at work; "
-            f"use --workers {kill + freeze + 1} or more, or strike fewer"
+            f"--kill {kill}{',' if drain else ' and'} --freeze {freeze}{drained} leave none of "
+            f"{plural(workers, 'worker')} at work; use --workers {kill + freeze + drain + 1} or more, "
+            f"or strike{' and drain' if drain else ''} fewer"
         )
     if settings.schema is not None:
         raise ConfigError("the demo uses the database's default schema; leave --schema away")
@@ -149,7 +163,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path, as_json: bool) -> int:
+def _run(source: Source, plan: Plan, url: str | None, directory: Path, as_json: bool) -> int:
     """Run the demo in a directory of its own; show what happens; return the exit code."""
     began_s = time.monotonic()
     console = _Console(stderr=as_json)
@@ -163,19 +177,20 @@ def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path
             raise ConfigError("processes cannot share a database in memory; name a file: sqlite:///FILE")
         where = "a temporary SQLite file" if url is None else describe(store.url)
         ground.make_tables(store)
-        taken = store.run(lambda connection: ground.take(connection, lengths.keys()))
+        taken = store.run(lambda connection: _take(connection, lengths.keys()))
         if taken.cleared:
             say(f"cleared away {plural(taken.cleared, 'event')} of an earlier demo in {where}")
         _print(console, f"{source.name}: {plural(events, 'event')} in {plural(len(lengths), 'stream')}")
-        _print(console, f"{plural(plan.workers, 'worker')} on {where}, {plan.kill} to kill, {plan.freeze} to freeze")
-        board = Board(supervisor.owners(plan.workers), events=events, streams=len(lengths))
-        crew = supervisor.Crew(store, database, feed_file, plan, board, lengths)
+        _print(console, f"{plural(plan.workers, 'worker')} on {where}, {_fates(plan)}")
+        names = owners(plan.workers + plan.join)
+        board = Board(names, joiners=plan.join, events=events, streams=len(lengths))
+        crew = supervisor.Crew(store, database, feed_file, plan, board, lengths.keys())
         try:
             with view.shown(board, console) as refresh, crew:
                 crew.run(refresh)
         finally:
             with suppress(SQLAlchemyError), store.engine.begin() as connection:  # if not, it expires by itself
-                ground.give_back(connection, [seat.owner for seat in board.seats])
+                ground.give_back(connection, names)
         proof = store.run(
             lambda connection: prove(connection, source.events(), taken.tokens, crew.strikes), read_only=True
         )
@@ -193,11 +208,23 @@ def _run(source: Source, plan: supervisor.Plan, url: str | None, directory: Path
     return 0 if good else REFUSED
 
 
+def _take(connection: Connection, stream_ids: Collection[str]) -> ground.Ground:
+    taken = ground.take(connection, stream_ids)
+    ground.hold_back(connection, stream_ids)
+    return taken
+
+
+def _fates(plan: Plan) -> str:
+    later = [(plan.join, "more to join"), (plan.drain, "to drain")]
+    fates = [(plan.kill, "to kill"), (plan.freeze, "to freeze"), *(fate for fate in later if fate[0])]
+    return ", ".join(f"{count} {what}" for count, what in fates)
+
+
 def _print(console: Console, text: str) -> None:
     console.print(shown(" ".join(text.split())), markup=False, highlight=False, soft_wrap=True)
 
 
-def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) -> dict[str, int | float]:
+def _figures(proof: Proof, board: Board, plan: Plan, seconds: float) -> dict[str, int | float]:
     return {
         "events_in_file": proof.events_in_file,
         "events_in_log": proof.events_in_log,
@@ -207,13 +234,16 @@ def _figures(proof: Proof, board: Board, plan: supervisor.Plan, seconds: float) 
         "stale_refused": board.refused,
         "takeovers": proof.takeovers,
         "takeover_seconds_max": round(proof.takeover_seconds_max, 3),
+        "moved": proof.moved,
+        "joined": board.joined,
+        "drained": board.drained,
         "workers": plan.workers,
         "streams": board.streams,
         "seconds": round(seconds, 3),
     }
 
 
-def _complaints(proof: Proof, crew: supervisor.Crew, plan: supervisor.Plan) -> list[str]:
+def _complaints(proof: Proof, crew: supervisor.Crew, plan: Plan) -> list[str]:
     """What there is to say about a run that was not as it should be."""
     complaints = []
     if not proof.holds:
@@ -222,10 +252,9 @@ def _complaints(proof: Proof, crew: supervisor.Crew, plan: supervisor.Plan) -> l
         complaints.append(f"{plural(proof.misplaced, 'event')} in the log out of order, or not of the file")
     if crew.unrefused:
         complaints.append(f"a frozen worker's write was not refused, to {', '.join(crew.unrefused)}")
-    asked = plan.kill + plan.freeze
-    if len(crew.strikes) < asked:
+    if len(crew.strikes) < plan.struck:
         complaints.append(
-            f"only {len(crew.strikes)} of {asked} workers could be struck: "
+            f"only {len(crew.strikes)} of {plan.struck} workers could be struck: "
             "the file has too few streams for each of them to hold one"
         )
     return complaints

@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from leases import LeaseStore, dialects, migrate, operations
+from leases import LeaseStore, administration, dialects, migrate, operations
 from leases.dialects import now, one_of, wall
 from leases.faults import translate
 from leases.schema import lease_checkpoints, lease_events, lease_workers, leases
@@ -90,6 +90,16 @@ def _refuse_what_is_not_ours(connection: Connection, given: dict[str, object], o
             raise Refused(f"another demo is running here ({row.owner}); wait for its end, or use another database")
         if row.paused_at is not None:
             raise Refused(f"stream {row.stream_id!r} is paused; run `leases resume {row.stream_id}` first")
+
+
+def hold_back(connection: Connection, stream_ids: Collection[str]) -> None:
+    """Let nobody claim the streams yet: their workers are to be there first, so that each begins with its share."""
+    administration.retire(connection, stream_ids)
+
+
+def offer(connection: Connection, stream_ids: Collection[str]) -> None:
+    """Let the workers claim the streams that were held back."""
+    operations.register(connection, stream_ids, pool=POOL)
 
 
 def unfinished(connection: Connection) -> int:

@@ -50,6 +50,7 @@ class Proof:
     misplaced: int
     takeovers: int
     takeover_seconds_max: float
+    moved: int
 
     @property
     def holds(self) -> bool:
@@ -105,6 +106,7 @@ def prove(
         misplaced=log.misplaced,
         takeovers=sum(_takeovers(given) for given in of_run.values()),
         takeover_seconds_max=max((_longest(given, strikes) for given in of_run.values()), default=0.0),
+        moved=sum(_moves(given) for given in of_run.values()),
     )
 
 
@@ -176,6 +178,11 @@ class _Log:
 def _takeovers(grants: Sequence[_Grant]) -> int:
     """How many of a stream's grants took it from an owner who had let it expire."""
     return sum(before.end_reason == "expired" and before.owner != after.owner for before, after in pairwise(grants))
+
+
+def _moves(grants: Sequence[_Grant]) -> int:
+    """How many of a stream's grants followed on another owner's release: a share that was given up in good order."""
+    return sum(before.end_reason == "released" and before.owner != after.owner for before, after in pairwise(grants))
 
 
 def _longest(grants: Sequence[_Grant], strikes: Collection[Strike]) -> float:

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import sqlite3
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,6 +160,7 @@ class Feed:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self._turn = threading.Lock()
 
     @classmethod
     def make(cls, place: Path | str, events: Iterable[SourceEvent]) -> Self:
@@ -182,8 +184,8 @@ class Feed:
 
     @classmethod
     def open(cls, place: Path) -> Self:
-        """Open a feed to read."""
-        return cls(sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro", uri=True))
+        """Open a feed to read, from any thread."""
+        return cls(sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False))
 
     def streams(self) -> dict[str, int]:
         """How many events each stream has."""
@@ -191,15 +193,17 @@ class Feed:
 
     def length(self, stream_id: str) -> int:
         """How many events a stream has."""
-        counted = self._connection.execute("SELECT count(*) FROM feed WHERE stream_id = ?", (stream_id,))
-        return int(counted.fetchone()[0])
+        with self._turn:
+            counted = self._connection.execute("SELECT count(*) FROM feed WHERE stream_id = ?", (stream_id,))
+            return int(counted.fetchone()[0])
 
     def read(self, stream_id: str, *, after: int, limit: int) -> list[Event]:
         """The events of a stream after a position, up to `limit`."""
-        rows = self._connection.execute(
-            "SELECT event_id, payload FROM feed WHERE stream_id = ? AND position > ? ORDER BY position LIMIT ?",
-            (stream_id, after, limit),
-        )
+        with self._turn:
+            rows = self._connection.execute(
+                "SELECT event_id, payload FROM feed WHERE stream_id = ? AND position > ? ORDER BY position LIMIT ?",
+                (stream_id, after, limit),
+            ).fetchall()
         return [Event(event_id, json.loads(payload)) for event_id, payload in rows]
 
     def close(self) -> None:

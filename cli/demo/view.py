@@ -17,10 +17,13 @@ from leases.cli.demo.board import Board, State
 from leases.cli.text import plural
 
 COLOURS: Final = {
+    State.WAITING: "dim",
     State.STARTING: "dim",
     State.RUNNING: "green",
     State.FROZEN: "cyan",
     State.KILLED: "red",
+    State.DRAINING: "yellow",
+    State.DRAINED: "dim yellow",
     State.DONE: "dim green",
 }
 
@@ -74,7 +77,7 @@ def picture(board: Board) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("worker", justify="right")
     table.add_column("state", width=8)
-    for name in ("streams held", "events written", "taken over", "refused"):
+    for name in ("streams held", "events written", "taken over", "shed", "refused"):
         table.add_column(name, justify="right")
     for seat in board.seats:
         table.add_row(
@@ -83,6 +86,7 @@ def picture(board: Board) -> RenderableType:
             f"{len(seat.held):,}",
             f"{seat.events:,}",
             f"{seat.taken_over:,}" if seat.taken_over else "",
+            f"{seat.shed:,}" if seat.shed else "",
             Text(f"{seat.refused:,}", style="yellow") if seat.refused else "",
         )
     bar = Table.grid(padding=(0, 2, 0, 0))
@@ -108,6 +112,7 @@ def proof_table(figures: dict[str, int | float]) -> RenderableType:
         ("stale writes refused", "stale_refused", None),
         ("takeovers", "takeovers", None),
         ("longest takeover", "takeover_seconds_max", None),
+        ("moved in good order", "moved", None),
     ]
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column()
@@ -122,4 +127,6 @@ def proof_table(figures: dict[str, int | float]) -> RenderableType:
 def signature(figures: dict[str, int | float]) -> str:
     """How big the run was."""
     workers, streams = int(figures["workers"]), int(figures["streams"])
-    return f"{plural(workers, 'worker')}, {plural(streams, 'stream')}, {figures['seconds']:.1f} s"
+    came_and_went = [f"{figures[name]} {name}" for name in ("joined", "drained") if figures[name]]
+    parts = [plural(workers, "worker"), *came_and_went, plural(streams, "stream"), f"{figures['seconds']:.1f} s"]
+    return ", ".join(parts)

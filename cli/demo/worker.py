@@ -1,8 +1,8 @@
-"""One worker process of the demo: claims streams, appends their events under the fence, takes over what others leave.
+"""One worker process of the demo: a `Worker`, whose handler appends a batch of a stream's events under the fence.
 
-Started by the supervisor as `python -m leases.cli.demo.worker`. Its orders come as JSON on standard input, one line
-(never as arguments: the URL may hold a password), then words, a line each; what it does it reports as JSON
-lines on standard output. When its standard input ends, its supervisor is dead, and it ends at once.
+Started by the supervisor as `python -m leases.cli.demo.worker`; `wire` says how the two talk. When its standard input
+ends, its supervisor is dead, and it ends at once. Which streams it has, how it shares them, and how it leaves is the
+business of `Worker`.
 
 How it writes is the point of the demo:
 
@@ -18,221 +18,116 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Final
 
-from leases import Event, EventLog, LeasesError, LeaseStore, Loss, SessionRegistry, StaleToken, StreamSession
+from leases import Event, EventLog, LeasesError, LeaseStore, StaleToken, StreamSession, Worker, WorkerEvent
 from leases.cli.demo import ground
+from leases.cli.demo.brink import Brink
 from leases.cli.demo.source import Feed
-from leases.model import Appended
+from leases.cli.demo.wire import Orders, Reporter, Words
+from leases.model import Happening
+
+REST_S: Final = 0.05
+"""How long the handler's one thread waits, at a time, for the word to work."""
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """What the supervisor tells a worker at its start."""
+class Writer:
+    """What this process does with its streams, and what it tells of them."""
 
-    url: str
-    owner: str
-    ttl_s: float
-    feed: str
-    batch: int
-    share: int
-    poll_s: float
-    fault: str | None
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """What the supervisor says to a worker during the run, one word a line, each once."""
-
-    begin: threading.Event = field(default_factory=threading.Event)
-    all_claimed: threading.Event = field(default_factory=threading.Event)
-    thaw: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(slots=True)
-class Held:
-    """A stream that this worker holds, and how far it is with it."""
-
-    session: StreamSession
-    position: int
-    length: int
-
-
-class Brink:
-    """Strikes this process once, between a last look and a write: with its work under way, at a round's last stream.
-
-    `planned` is how many events the streams of its first claim had to go; it strikes when a quarter is written. The
-    last stream of a round is the one that whoever takes over comes to last; and the last look comes right after a
-    heartbeat, so that the stream is taken over when a whole TTL has passed, and not sooner. So a thawed worker's write
-    comes before the new owner's, and would be accepted if there were no fence.
-    """
-
-    def __init__(self, fault: str | None, ttl_s: float, thaw: threading.Event, report: Reporter) -> None:
-        self.fault = fault
-        self.planned: int | None = None
-        self.written = 0
-        self._extended = threading.Event()
-        self._extended_at_s = 0.0
-        self._ttl_s = ttl_s
-        self._thaw = thaw
-        self._report = report
-
-    def plan(self, events: int) -> None:
-        """Hear how many events the first claim has brought; with none, there is nobody to be struck."""
-        self.planned = events
-        self._extended_at_s = time.monotonic()
-        if not events:
-            self.fault = None
-
-    def extended(self, _: StreamSession) -> None:
-        """Hear that the leases have been extended."""
-        self._extended_at_s = time.monotonic()
-        self._extended.set()
-
-    def near(self, size: int) -> bool:
-        """Whether the next write, of so many events, is the one; if so, wait for a heartbeat, unless one just was."""
-        if self.fault is None or self.planned is None or 4 * (self.written + size) <= self.planned:
-            return False
-        if time.monotonic() - self._extended_at_s > self._ttl_s / 100:
-            self._extended.clear()
-            self._extended.wait(self._ttl_s / 2)
-        return True
-
-    def strike(self, session: StreamSession) -> None:
-        """Be killed here, or be frozen and thawed."""
-        fault, self.fault = self.fault, None
-        self._report("brink", fault=fault, stream=session.stream_id, token=session.token)
-        if fault == "kill":
-            threading.Event().wait()  # for the supervisor, who kills
-        freeze(self._thaw)
-
-
-def freeze(thaw: threading.Event) -> None:
-    """Stop this whole process until the supervisor continues it and says that it was meant.
-
-    One that is continued without a word was caught with a transaction open in another thread, which keeps everybody
-    out: it gives that thread a moment to end it, and stops again.
-    """
-    while True:
-        os.kill(os.getpid(), signal.SIGSTOP)
-        if thaw.wait(0.05):
-            return
-
-
-class Reporter:
-    """Writes reports, a line each, whole, from any thread."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._lock = threading.Lock()
-
-    def __call__(self, kind: str, **fields: Any) -> None:
-        with self._lock:
-            self._out.write(json.dumps({"kind": kind, **fields}) + "\n")
-            self._out.flush()
-
-
-class Worker:
-    """The work: claim, go round the streams a batch at a time, retire those that are done, until all are."""
-
-    def __init__(
-        self, orders: Orders, registry: SessionRegistry, feed: Feed, brink: Brink, words: Words, report: Reporter
-    ) -> None:
-        self.orders = orders
-        self.words = words
-        self.registry = registry
-        self.store = registry.store
-        self.log = EventLog(registry.store)
+    def __init__(self, orders: Orders, store: LeaseStore, feed: Feed, words: Words, report: Reporter) -> None:
+        self.store = store
+        self.log = EventLog(store)
         self.feed = feed
-        self.brink = brink
+        self.batch = orders.batch
+        self.words = words
         self.report = report
-        self.held: dict[str, Held] = {}
-        self._claim_at_s = 0.0
+        self.poll = timedelta(seconds=orders.poll_s)
+        self.brink = Brink(orders.ttl_s, words, report)
+        self.enlisted = False
+        self.finished: dict[str, StreamSession] = {}
+        self.worker = Worker(
+            store,
+            self.write_on,
+            pool=ground.POOL,
+            name=orders.owner,
+            ttl=timedelta(seconds=orders.ttl_s),
+            poll_interval=self.poll,
+            concurrency=1,  # so that none of this process's writes is under way when it is struck at the brink
+            on_event=self.hear,
+        )
 
-    def run(self) -> None:
-        """Work until every stream of the demo is done, by whomever."""
-        while True:
-            self.claim()
-            if self.held:
-                self.go_round()
-            elif self.store.run(ground.unfinished, read_only=True):
-                time.sleep(self.orders.poll_s * random.uniform(0.5, 1.0))
-            else:
-                return
+    def write_on(self, session: StreamSession) -> timedelta | None:
+        """Write the next batch of a stream; when it is done, retire it with others. The worker's handler."""
+        if not self.words.work.wait(REST_S):
+            return timedelta(0)
+        if session.stream_id in self.words.spared:
+            return self.poll
+        if session.stream_id in self.finished:
+            self.retire()
+            return None
+        self.brink.plan(lambda: sum(self.feed.length(stream_id) for stream_id in self.worker.sessions))
+        position = _position(session)
+        batch = self.feed.read(session.stream_id, after=position, limit=self.batch)
+        if batch and not self.step(session, batch, position + len(batch)):
+            return None
+        if len(batch) < self.batch:  # there are no more
+            self.finished[session.stream_id] = session
+            return self.poll
+        return None
 
-    def claim(self) -> None:
-        """Take a fair share at first; when all have theirs, with every poll what is free or was left behind."""
-        first = self.brink.planned is None
-        if not first and not (self.words.all_claimed.is_set() and time.monotonic() >= self._claim_at_s):
-            return
-        sessions = self.registry.claim(self.orders.share)
-        self._claim_at_s = time.monotonic() + self.orders.poll_s
-        if sessions or first:
-            self.report("claimed", streams=[[session.stream_id, session.token] for session in sessions])
-        claimed = [Held(session, _position(session), self.feed.length(session.stream_id)) for session in sessions]
-        self.held.update((held.session.stream_id, held) for held in claimed)
-        if first:
-            self.brink.plan(sum(held.length - held.position for held in claimed))
+    def retire(self) -> None:
+        """Let nobody have what is finished any more, and let the worker release it."""
+        finished, self.finished = self.finished, {}
+        self.store.retire(finished)
+        self.report("done", streams=list(finished))
+        for session in finished.values():
+            session.stop()
 
-    def go_round(self) -> None:
-        """Append a batch of each stream; then retire and release those that are done."""
-        done = []
-        round_of = list(self.held.values())
-        for held in round_of:
-            self.step(held, last=held is round_of[-1])
-            if held.position >= held.length and self.held.get(held.session.stream_id) is held:
-                done.append(held)
-            self.claim()
-        if done:
-            self.store.retire([held.session.stream_id for held in done])
-            for held in done:
-                self.leave(held)
-            self.report("done", streams=[held.session.stream_id for held in done])
-
-    def step(self, held: Held, *, last: bool) -> None:
-        """Write the next batch of a stream: the last look, the brink, the write."""
-        session = held.session
-        batch = self.feed.read(session.stream_id, after=held.position, limit=self.orders.batch)
-        if not batch:
-            return
-        struck = last and self.brink.near(len(batch))
+    def step(self, session: StreamSession, batch: Sequence[Event], position: int) -> bool:
+        """Write a batch: the last look, the brink, the write. False if the stream is no longer this worker's."""
+        struck = self.brink.near(len(batch))
         if session.remaining() <= timedelta(0):
-            self.leave(held)
-            self.report("left", stream=session.stream_id)
-            return
+            return False
         if struck:
             self.brink.strike(session)
+        checkpoint = {"position": position}
         try:
-            appended = self.write(session, batch, held.position + len(batch))
+            # Straight to the log, not by `session.append`, which would look once more.
+            appended = self.log.append(session.lease, batch, checkpoint=checkpoint)
         except StaleToken as refusal:
             self.report("refused", stream=session.stream_id, token=session.token, current=refusal.current_token)
-            self.leave(held)
-            return
-        held.position += len(batch)
-        self.brink.written += len(batch)
+            session.stop()
+            return False
+        # What `session.append` would have noted.
+        session.remember(checkpoint)
+        session.wrote += 1
+        session.progress()
+        self.brink.wrote(len(batch))
         self.report("wrote", stream=session.stream_id, events=appended.count, thawed=struck)
+        return True
 
-    def write(self, session: StreamSession, batch: Sequence[Event], position: int) -> Appended:
-        """Append straight to the log, not by `session.append`, which would look once more."""
-        return self.log.append(session.lease, batch, checkpoint={"position": position})
-
-    def leave(self, held: Held) -> None:
-        """Close a session: the stream is done, or no longer ours."""
-        del self.held[held.session.stream_id]
-        held.session.close()
+    def hear(self, event: WorkerEvent) -> None:
+        """Hear what happens to the worker, and report what is worth it."""
+        match event.happening:
+            case Happening.RENEWED:
+                self.brink.extended()
+                if not self.enlisted:
+                    self.enlisted = True
+                    self.report("enlisted")
+            case Happening.GRANTED:
+                self.brink.granted()
+                self.report("granted", stream=event.stream_id, token=event.fencing_token)
+            case Happening.SHED:
+                self.brink.gave_up(self.feed.length(event.stream_id or ""))
+                self.report("shed", stream=event.stream_id)
+            case Happening.RELEASED | Happening.LOST | Happening.FAILED as happening:
+                self.report(str(happening), stream=event.stream_id, reason=event.reason)
 
 
 def _position(session: StreamSession) -> int:
@@ -249,35 +144,31 @@ def main() -> int:
     report = Reporter(sys.stdout)
     words = Words()
     threading.Thread(target=_listen, args=(heard, words), daemon=True).start()
-    ttl = timedelta(seconds=orders.ttl_s)
-    brink = Brink(orders.fault, orders.ttl_s, words.thaw, report)
-
-    def lost(session: StreamSession, loss: Loss) -> None:
-        report("lost", stream=session.stream_id, loss=str(loss))
-
+    retry_for = max(timedelta(seconds=10), 3 * timedelta(seconds=orders.ttl_s))
     try:
-        with (
-            LeaseStore(orders.url, retry_for=max(timedelta(seconds=10), 3 * ttl)) as store,
-            Feed.open(Path(orders.feed)) as feed,
-            SessionRegistry(
-                store, owner=orders.owner, ttl=ttl, pool=ground.POOL, on_renewed=brink.extended, on_lost=lost
-            ) as registry,
-        ):
+        with LeaseStore(orders.url, retry_for=retry_for) as store, Feed.open(Path(orders.feed)) as feed:
             store.run(ground.unfinished, read_only=True)
+            worker = Writer(orders, store, feed, words, report).worker
             report("ready")
             words.begin.wait()
-            Worker(orders, registry, feed, brink, words, report).run()
+            threading.Thread(target=_stop, args=(words, worker), daemon=True).start()
+            worker.run()
         report("finished")
         return 0
     except LeasesError as error:
-        report("failed", error=str(error), of=type(error).__name__)
+        report("gave up", error=str(error), of=type(error).__name__)
         return 1
+
+
+def _stop(words: Words, worker: Worker) -> None:
+    words.stop.wait()
+    worker.stop()
 
 
 def _listen(heard: RawIOBase, words: Words) -> None:
     """Hear what the supervisor says; when it is gone, go too."""
     while line := heard.readline():
-        getattr(words, line.strip().decode()).set()
+        words.hear(line)
     os._exit(1)
 
 

@@ -54,6 +54,14 @@ def test_the_next_run_begins_anew_and_tokens_go_on(store: LeaseStore) -> None:
     assert states == {"a": State.FREE, "b": State.RETIRED, "c": State.FREE}
 
 
+def test_what_is_held_back_nobody_has_until_it_is_offered(store: LeaseStore) -> None:
+    take(store, "a", "b")
+    store.run(lambda connection: ground.hold_back(connection, ["a", "b"]))
+    assert store.claim(owner="one", ttl=TTL, limit=2, pool=ground.POOL) == []
+    store.run(lambda connection: ground.offer(connection, ["a", "b"]))
+    assert len(store.claim(owner="one", ttl=TTL, limit=2, pool=ground.POOL)) == 2
+
+
 def test_what_dead_workers_hold_is_given_back(store: LeaseStore) -> None:
     take(store, "a", "b")
     assert store.acquire("a", owner="dead", ttl=TTL) is not None

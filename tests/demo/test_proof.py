@@ -53,7 +53,7 @@ def proof_of(store: LeaseStore, strikes: Collection[Strike] = ()) -> Proof:
 
 def test_a_whole_log_is_proved_whole(finished: LeaseStore) -> None:
     proof = proof_of(finished)
-    assert proof == Proof(12, 12, 0, 0, 0, 0, 0, 0.0)
+    assert proof == Proof(12, 12, 0, 0, 0, 0, 0, 0.0, 1)
     assert proof.holds
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Row, select
 
 from leases import LeaseStore
-from leases.cli.demo import supervisor
 from leases.cli.demo.ground import POOL
+from leases.cli.demo.plan import batch_size
 from leases.model import State
+from leases.schema import lease_grants
 
 KEYS = [
     "events_in_file", "events_in_log", "missing", "duplicated", "stale_accepted", "stale_refused",
-    "takeovers", "takeover_seconds_max", "workers", "streams", "seconds",
+    "takeovers", "takeover_seconds_max", "moved", "joined", "drained", "workers", "streams", "seconds",
 ]  # fmt: skip
 
 COMMAND = [sys.executable, "-m", "leases.cli.demo"]
@@ -49,10 +51,14 @@ def demo(file: Path, temporary: Path) -> Callable[..., subprocess.CompletedProce
     def run(*options: str, by: tuple[str, str] = ("stream", "id")) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*COMMAND, str(file), "--stream-by", by[0], "--id-by", by[1], "--ttl", "1", *options],
-            capture_output=True, text=True, timeout=50, check=False, env={**os.environ, "TMPDIR": str(temporary)},
+            capture_output=True, text=True, timeout=150, check=False, env={**os.environ, "TMPDIR": str(temporary)},
         )  # fmt: skip
 
     return run
+
+
+def grants_of(store: LeaseStore) -> list[Row[Any]]:
+    return store.run(lambda connection: list(connection.execute(select(lease_grants))), read_only=True)
 
 
 def figures(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -82,6 +88,70 @@ def test_a_killed_and_a_frozen_worker_cost_nothing(
     assert again.returncode == 0, again.stderr
     assert "cleared away 240 events of an earlier demo" in again.stderr
     assert (figures(again)["events_in_log"], figures(again)["takeovers"]) == (240, 0)
+
+
+def test_workers_join_and_leave_and_others_are_struck_and_it_costs_nothing(
+    demo: Callable[..., subprocess.CompletedProcess[str]], file: Path, url: str
+) -> None:
+    rows = [f"{number},s{number % 24},x" for number in range(2400)]
+    file.write_text("\n".join(["id,stream,amount", *rows]))
+    options = ("--workers", "6", "--kill", "2", "--freeze", "1", "--join", "2", "--drain", "1", "--ttl", "3")
+    done = demo("--url", url, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    found = figures(done)
+    assert list(found) == KEYS
+    assert (found["events_in_log"], found["streams"], found["workers"]) == (2400, 24, 6)
+    assert (found["missing"], found["duplicated"], found["stale_accepted"]) == (0, 0, 0)
+    assert found["stale_refused"] >= 1
+    assert found["takeovers"] >= 3
+    assert (found["joined"], found["drained"]) == (2, 1)
+    assert found["moved"] >= 1
+    said = done.stderr
+    assert "6 workers on" in said
+    assert "2 to kill, 1 to freeze, 2 more to join, 1 to drain" in said
+    begun = said.index("all have their shares of 24 streams, and begin to write")
+    assert begun < min(said.index(" killed before a write"), said.index(" frozen before a write"))
+    assert [said.count(text) for text in ("has joined", "is asked to leave", "and left")] == [2, 1, 1]
+    with LeaseStore(url) as store:
+        assert {info.state for info in store.list(pool=POOL)} == {State.RETIRED}
+        assert store.workers() == []
+        grants = grants_of(store)
+    # The one who was asked to leave has released what it had last; those who came later were the first with nothing.
+    ended = {grant.ended_at: grant.end_reason for grant in grants if grant.owner.endswith("-04")}
+    assert ended[max(ended)] == "released"
+    assert {grant.owner[-2:] for grant in grants if grant.fencing_token == 1} <= {
+        f"0{number}" for number in range(1, 7)
+    }
+
+
+def test_of_one_event_its_frozen_writer_is_refused_all_the_same(
+    demo: Callable[..., subprocess.CompletedProcess[str]], file: Path, url: str
+) -> None:
+    file.write_text("id,stream\n1,only\n")
+    done = demo("--url", url, "--json", "--workers", "4", "--join", "1", "--drain", "1")
+    assert done.returncode == 0, done.stderr
+    found = figures(done)
+    assert (found["events_in_log"], found["missing"], found["duplicated"], found["stale_accepted"]) == (1, 0, 0, 0)
+    assert (found["stale_refused"], found["joined"], found["drained"]) == (1, 1, 1)
+
+
+def test_without_the_fence_the_frozen_workers_write_is_accepted_and_the_proof_says_so(
+    demo: Callable[..., subprocess.CompletedProcess[str]], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    # Python imports it in each process: the workers' log lets every write pass.
+    (site / "sitecustomize.py").write_text(
+        "import leases.events\nleases.events.fence = lambda connection, lease: None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    done = demo("--url", url, "--json", "--workers", "3")
+    assert done.returncode == 1
+    assert "was not refused" in done.stderr
+    assert "the proof does not hold" in done.stderr
+    found = figures(done)
+    assert found["stale_accepted"] >= 1
+    assert found["stale_refused"] == 0
 
 
 def test_without_a_url_it_leaves_nothing_behind(
@@ -115,6 +185,11 @@ def test_a_file_with_too_few_streams_is_run_all_the_same(
         ((), ("stream", "amount"), "'0' is on line 2 and on line 7"),
         ((), ("stream,", "id"), "leaves a column without a name"),
         (("--workers", "2"), ("stream", "id"), "use --workers 3 or more"),
+        (
+            ("--workers", "4", "--drain", "2"),
+            ("stream", "id"),
+            "and --drain 2 leave none of 4 workers at work; use --workers 5",
+        ),
         (("--ttl", "nan"), ("stream", "id"), "--ttl must be 0.5 seconds or more"),
         (("--ttl", "0"), ("stream", "id"), "--ttl must be 0.5 seconds or more"),
         (("--ttl", "90000"), ("stream", "id"), "24 h"),
@@ -223,4 +298,4 @@ def test_workers_do_not_outlive_a_supervisor_that_was_killed(frozen: subprocess.
 
 
 def test_a_longer_file_is_written_in_longer_batches() -> None:
-    assert [supervisor.batch_size(events) for events in (1, 6099, 50_000, 10_000_000)] == [5, 6, 50, 500]
+    assert [batch_size(events) for events in (1, 6099, 50_000, 10_000_000)] == [5, 6, 50, 500]

@@ -34,21 +34,27 @@ class Check:
                 "SELECT stream_id, owner, fencing_token, expires_at, paused_at, available_at FROM leases"
             )
         }
-        self._monotonic_and_not_revived(rows, now)
+        able = any(self._able(member) for member in self.world.members.values())
+        long_ago = self.world.time.text(-PATIENCE_S) if able else ""
+        for stream_id, row in rows.items():
+            self._stream(stream_id, row, now, long_ago)
         self._believers(rows, now)
-        self._live(rows)
 
-    def _monotonic_and_not_revived(self, rows: dict[str, Any], now: str) -> None:
-        for stream_id, (owner, token, expires_at, _, _) in rows.items():
-            before = self.tokens.get(stream_id, 0)
-            assert token >= before, f"the token of {stream_id} fell from {before} to {token}"
-            self.tokens[stream_id] = token
-            if owner is None:
-                continue
-            if expires_at <= now:
-                self.expired[stream_id] = token
-            else:
-                assert self.expired.get(stream_id) != token, f"an expired lease of {stream_id} has come back to life"
+    def _stream(self, stream_id: str, row: Any, now: str, long_ago: str) -> None:
+        """A token never falls, an expired lease stays so; what anybody could have is owned again soon."""
+        owner, token, expires_at, paused_at, available_at = row
+        before = self.tokens.get(stream_id, 0)
+        assert token >= before, f"the token of {stream_id} fell from {before} to {token}"
+        self.tokens[stream_id] = token
+        if owner is None:
+            late = available_at <= long_ago and paused_at is None
+            assert not late, f"{stream_id} is free since {available_at}, and nobody takes it"
+        elif expires_at <= now:
+            self.expired[stream_id] = token
+            late = expires_at <= long_ago and paused_at is None and owner not in self.world.members
+            assert not late, f"{stream_id} is left by {owner} since {expires_at}, and nobody takes it"
+        else:
+            assert self.expired.get(stream_id) != token, f"an expired lease of {stream_id} has come back to life"
 
     def _believers(self, rows: dict[str, Any], now: str) -> None:
         """Whoever trusts a lease has it; and so no two do."""
@@ -62,19 +68,6 @@ class Check:
                     continue
                 if (stream_id, token) not in self.revoked and session.remaining() > timedelta(0):
                     raise AssertionError(f"{member.name} trusts {stream_id} under token {token}: it is {row}")
-
-    def _live(self, rows: dict[str, Any]) -> None:
-        """What anybody could have is owned again soon; what a dead owner had too."""
-        if not any(self._able(member) for member in self.world.members.values()):
-            return
-        long_ago = self.world.time.text(-PATIENCE_S)
-        for stream_id, (owner, _, expires_at, paused_at, available_at) in rows.items():
-            if paused_at is not None:
-                continue
-            if owner is None:
-                assert available_at > long_ago, f"{stream_id} is free since {available_at}, and nobody takes it"
-            elif owner not in self.world.members:  # a process that is dead, or never was
-                assert expires_at > long_ago, f"{stream_id} is left by {owner} since {expires_at}, and nobody takes it"
 
     def _able(self, member: Member) -> bool:
         awake_for_s = self.world.time.now_s - member.frozen_until_s

@@ -80,6 +80,6 @@ def test_fifty_workers_keep_every_promise_for_a_thousand_rounds(world: World) ->
             check.balanced()
             assert check.count_grants() == 0, "leases move though nothing happens"
     check.whole()
-    assert world.happened["write"] > 10_000
+    assert world.happened["write"] > 3_000
     for what in ("crash", "freeze", "drain", "steal", "expire", "refused"):
         assert world.happened[what] >= 5, f"{what} hardly happened: {world.happened}"
