@@ -120,7 +120,7 @@ def test_a_good_line_is_accepted(world: World, name: str) -> None:
 def test_any_line(world: World) -> None:
     """Any command, one or more of its parameters hostile."""
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.data())
     def attack(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(ATTACKED), label="command")

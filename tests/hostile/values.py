@@ -53,6 +53,10 @@ BAD_NAMES = ("", "x" * 256, "a\0b", "a\nb", "a\x1b[31mb", "a\x85b", "a\ud800b", 
 NOT_TEXT: tuple[Any, ...] = (None, 7, True, 1.5, b"bytes", ["a"], {"a": 1}, math.nan, HUGE, Opaque())
 
 NAMES: tuple[Any, ...] = (*STREAMS, "w", *ODD_NAMES, *BAD_NAMES, *NOT_TEXT)
+FEW_NAMES: tuple[Any, ...] = (
+    "w", SQL, ODD_NAMES[2], "", "x" * 256, "a\0b", "a\ud800b", None, 7, b"bytes", ["a"], HUGE, Opaque(),
+)  # fmt: skip
+"""One of each kind: a function that has forgotten the check falls over one of these."""
 SOME_NAMES: tuple[Any, ...] = (
     ["free", "new"],
     [],
@@ -67,7 +71,9 @@ SOME_NAMES: tuple[Any, ...] = (
     7,
     [["a"]],
 )
-TEXTS = ("why", "", SQL, "two\nlines", "\u202e", "x" * 2001, "a\0b", "\ud800", *NOT_TEXT)
+TEXTS: tuple[Any, ...] = (
+    "why", "", SQL, "two\nlines\u202e", "x" * 2001, "a\0b", "\ud800", None, 7, b"bytes", HUGE, Opaque(),
+)  # fmt: skip
 
 TTLS = (
     timedelta(seconds=15), 15, 0.01, timedelta(hours=24),
@@ -99,8 +105,8 @@ BACKOFFS: tuple[Any, ...] = (
     Opaque(),
 )
 
-TOKENS: tuple[Any, ...] = (0, 1, 2, 2**63 - 1, -1, 2**63, HUGE, True, 1.0, math.nan, "1", b"1", None, [1], Opaque())
-COUNTS = (1, 100, 0, -1, 1_000_001, 2**63, HUGE, True, 1.5, math.nan, "5", None, Opaque())
+TOKENS: tuple[Any, ...] = (0, 1, 2, 2**63 - 1, -1, 2**63, HUGE, True, 1.0, "1", None, Opaque())
+COUNTS = (1, 100, 0, -1, 1_000_001, 2**63, HUGE, True, 1.5, "5", None, Opaque())
 TIMES = (
     datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 1), datetime.max, datetime.min.replace(tzinfo=UTC),
     datetime.max.replace(tzinfo=UTC), date(2026, 1, 1), "2026-01-01", 5, None, math.nan, Opaque(),
@@ -136,7 +142,7 @@ def events(number: Any) -> list[Any]:
     return [
         [Event(f"e{next(number)}", document)] for document in DOCUMENTS
     ] + [
-        [Event(name, 1)] for name in NAMES
+        [Event(name, 1)] for name in FEW_NAMES
     ] + [
         {f"e{next(number)}": 1}, {"a\0": 1}, {7: 1}, [], {}, None, 7, "abc", [None], [("e", 1)], [Event("e", 1)] * 3,
         Endless(), Opaque(),
@@ -147,8 +153,8 @@ def leases(held: Lease) -> list[Any]:
     """The lease that is held, and forged ones."""
     lengths: tuple[Any, ...] = (timedelta(0), timedelta.max, None, Opaque())
     forged = (
-        [replace(held, stream_id=name) for name in NAMES]
-        + [replace(held, owner=name) for name in NAMES]
+        [replace(held, stream_id=name) for name in ("free", "expired", *FEW_NAMES)]
+        + [replace(held, owner=name) for name in FEW_NAMES]
         + [replace(held, fencing_token=token) for token in TOKENS]
         + [replace(held, remaining=length) for length in lengths]
     )
@@ -178,7 +184,7 @@ def members() -> list[Any]:
     """The rows of processes."""
     good = Membership("w9", "host", 1, "1")
     fields: dict[str, tuple[Any, ...]] = {
-        "worker_id": NAMES, "host": TEXTS, "pid": COUNTS, "version": TEXTS, "pool": NAMES, "capacity": COUNTS,
+        "worker_id": FEW_NAMES, "host": TEXTS, "pid": COUNTS, "version": TEXTS, "pool": FEW_NAMES, "capacity": COUNTS,
         "weight": (0.0, -1.0, math.nan, math.inf, "1", None, HUGE, Opaque()),
     }  # fmt: skip
     return [good, None, "w", Opaque()] + [
@@ -191,15 +197,16 @@ def parameters(held: Lease) -> Mapping[str, list[Any]]:
     number = count()
     some = leases(held)
     kinds: dict[str, Any] = {
-        "stream_id": NAMES, "owner": ("w", *NAMES), "to": ("w2", *NAMES), "pool": ("default", *NAMES),
-        "worker_id": ("w9", *NAMES), "glob": ("*", *NAMES), "after": ("a", *NAMES), "stream_ids": SOME_NAMES,
+        "stream_id": (*STREAMS, *FEW_NAMES), "owner": FEW_NAMES, "to": ("w2", *FEW_NAMES),
+        "pool": ("default", *FEW_NAMES), "worker_id": ("w9", *FEW_NAMES), "glob": ("*", *FEW_NAMES),
+        "after": ("a", *FEW_NAMES), "stream_ids": SOME_NAMES,
         "actor": TEXTS, "reason": TEXTS, "error": (None, *TEXTS), "ttl": TTLS, "wait": WAITS, "timeout": TIMEOUTS,
-        "backoff": BACKOFFS, "fencing_token": TOKENS, "before": (TIMES[0], 2, *TOKENS, *TIMES), "by": COUNTS,
+        "backoff": BACKOFFS, "fencing_token": TOKENS, "before": (TIMES[0], 2, *TOKENS, *TIMES[1:]), "by": COUNTS,
         "limit": COUNTS, "after_seq": TOKENS, "at": TIMES, "claim_id": IDENTITIES, "state": STATES,
         "force": (False, *FLAGS),
         "checkpoint": (None, *DOCUMENTS), "events": events(number), "lease": some,
         "leases": [[held], [], *([each] for each in some), None, "held", 7, Endless()],
-        "table": ("work", *NAMES), "schema": (None, *NAMES), "lease_schema": (None, *NAMES),
+        "table": ("work", *FEW_NAMES), "schema": (None, *FEW_NAMES), "lease_schema": (None, *FEW_NAMES),
         "member": members(), "endings": endings(held), "held": (None, *COUNTS), "before_send": (lambda: None, None, 7),
     }  # fmt: skip
     return {name: list(values) for name, values in kinds.items()}
