@@ -17,6 +17,7 @@ from sqlalchemy import Column, Connection, Integer, MetaData, Table, Text, selec
 from leases import (
     AsyncEventLog,
     AsyncLeaseStore,
+    ConfigError,
     EventLog,
     Lease,
     LeaseStore,
@@ -245,6 +246,13 @@ def test_a_trigger(world: World, name: str) -> None:
         store.run(partial(unprotect, table=name))
         connection.exec_driver_sql(f'DROP TABLE "{quoted}"')
         connection.commit()
+
+
+def test_what_would_end_the_text_of_a_trigger_is_refused(world: World) -> None:
+    with LeaseStore(world.url) as store:
+        for parameter in ("table", "stream_id", "fencing_token"):
+            given = {"table": "work", parameter: '"; END $leases$; DROP TABLE leases; --'}
+            assert isinstance(world.attacked(partial(store.run, partial(protect, **given))), ConfigError)  # type: ignore[arg-type]
 
 
 def named(lease: Lease) -> tuple[Any, ...]:

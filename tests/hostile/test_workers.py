@@ -85,6 +85,8 @@ def test_a_worker(world: World, store: LeaseStore) -> None:
     )
     surface.compare(found, tried=["worker_wait"])
     worker.stop()
+    for backoff in MADE_OF["backoff"][1:]:
+        assert isinstance(judged(partial(Worker, store, handler, backoff=backoff)), ConfigError)
     for doomed in (worker, Worker(store, handler, name="lively")):
         assert isinstance(judged(doomed.start), ConfigError)
     assert world.look() == world.rows
