@@ -65,7 +65,7 @@ class Settings:
         return given
 
     @contextmanager
-    def opened(self, *, create: bool = False, retry_for: timedelta = RETRY_FOR) -> Iterator[LeaseStore]:
+    def opened(self, *, create: bool = False, retry_for: timedelta | None = None) -> Iterator[LeaseStore]:
         """The store of the database that was asked for; with `create` also where the default one is to be."""
         url = self.database_given()
         if url is None:
@@ -73,7 +73,8 @@ class Settings:
         parsed = parse(url)
         if parsed.get_backend_name() == "postgresql" and "connect_timeout" not in parsed.query:
             parsed = parsed.update_query_dict({"connect_timeout": str(CONNECT_TIMEOUT_S)})
-        with LeaseStore(parsed, schema=self.schema, retry_for=retry_for) as store:
+        patience = RETRY_FOR if retry_for is None else retry_for
+        with LeaseStore(parsed, schema=self.schema, retry_for=patience) as store:
             yield store
 
 
@@ -247,7 +248,7 @@ def ask(yes: bool, *lines: str) -> None:
 
 def clock(store: LeaseStore) -> datetime:
     """The database's time."""
-    read: datetime = store.run(lambda connection: connection.execute(select(now())).scalar_one())
+    read: datetime = store.run(lambda connection: connection.execute(select(now())).scalar_one(), read_only=True)
     return read
 
 

@@ -159,6 +159,8 @@ def _streams(name: str) -> Sequence[str]:
         raise Failed(USAGE, f"cannot read the streams from {name!r}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise Failed(USAGE, f"the streams of {name!r} are not UTF-8") from None
+    except ValueError:
+        raise Failed(USAGE, f"{name!r} can be no file's name: it holds a NUL") from None
     given = []
     for number, line in enumerate(lines, 1):
         if line.strip():

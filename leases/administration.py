@@ -251,6 +251,8 @@ def raise_tokens(connection: Connection, *, by: int = 1_000_000, actor: str, rea
     grants that any stream can have had since the backup was taken. Repeating it does no harm.
     """
     limits.count("by", by, most=2**40)
+    if reason is not None:
+        limits.text("reason", reason)
     count = connection.execute(
         update(leases).values(
             fencing_token=leases.c.fencing_token + by, owner=None, expires_at=None, available_at=now()

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tenacity import AsyncRetrying
 
-from leases import administration, events, fleet, fork, migrate, operations, recipes, views
+from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
@@ -67,7 +67,7 @@ class AsyncLeaseStore:
         self.engine = AsyncEngine(own(self.base_engine.sync_engine, schema, retry_for))
         self.url = self.engine.url
         self.schema = schema
-        self.retry_for = retry_for
+        self.retry_for = limits.duration("retry_for", retry_for)
         self._tables = Tables(self.url, schema)
         self._looks: set[asyncio.Task[None]] = set()
         fork.tell(self)
@@ -236,6 +236,8 @@ class AsyncEventLog:
     """The event log of an `AsyncLeaseStore`."""
 
     def __init__(self, store: AsyncLeaseStore) -> None:
+        if not isinstance(store, AsyncLeaseStore):
+            raise ConfigError(f"the store must be an AsyncLeaseStore, not {type(store).__name__}")
         self.run = store.run
 
     append = amethod(events.append)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from leases.errors import ConfigError
+from leases import limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,7 @@ class Backoff:
     most: timedelta = timedelta(minutes=5)
 
     def __post_init__(self) -> None:
-        if not timedelta(0) <= self.first <= self.most <= timedelta(days=365):
-            raise ConfigError(f"a backoff needs 0 <= first <= most <= 365 days, not {self.first} and {self.most}")
+        limits.duration("most", self.most, least=limits.duration("first", self.first))
 
     def after(self, failures: int, random: Callable[[], float]) -> timedelta:
         """The rest after one more failure, when there were `failures` in a row before it."""

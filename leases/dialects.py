@@ -49,6 +49,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
+from leases import limits
 from leases.errors import ConfigError
 from leases.model import Ending, Lease
 from leases.types import Document, Timestamp
@@ -290,7 +291,7 @@ def endings_asked(dialect: str) -> FromClause:
 def endings_given(dialect: str, endings: Iterable[Ending]) -> Mapping[str, Any]:
     """The parameters of `endings_asked`, in the order of stream_id."""
     ordered = [
-        (ending.lease.stream_id, ending.lease.fencing_token, ending.backoff.total_seconds(), ending.error)
+        (ending.lease.stream_id, ending.lease.fencing_token, limits.backoff_s(ending.backoff), ending.error)
         for ending in sorted(endings, key=lambda ending: ending.lease.stream_id)
     ]
     if dialect == POSTGRESQL:

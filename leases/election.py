@@ -37,6 +37,7 @@ logger = logging.getLogger("leases")
 POOL: Final = "election"
 """The pool of all elections' leases."""
 
+MIN_POLL = timedelta(milliseconds=1)
 MOST_RETRY_S = 5.0
 
 
@@ -56,10 +57,8 @@ class LeaderElection:
         ttl: timedelta = DEFAULT_TTL,
         poll_interval: timedelta = timedelta(seconds=1),
     ) -> None:
-        if not isinstance(poll_interval, timedelta) or poll_interval <= timedelta(0):
-            raise ConfigError(f"poll_interval must be a timedelta greater than 0, not {poll_interval!r}")
         self.name = limits.stream_id(name)
-        self._poll_s = poll_interval.total_seconds()
+        self._poll_s = limits.duration("poll_interval", poll_interval, least=MIN_POLL).total_seconds()
         self._changed = threading.Event()
         self._out = threading.Event()
         self._campaign = threading.Lock()
@@ -100,7 +99,8 @@ class LeaderElection:
         The block has to look at `stopping`: it is set when the leadership is lost. `LeasesError` after `stop`.
         """
         with self._campaigning():
-            leadership = self._elected(None if wait is None else wait.total_seconds(), lambda _: None)
+            wait_s = None if wait is None else limits.duration("wait", wait).total_seconds()
+            leadership = self._elected(wait_s, lambda _: None)
             if leadership is None:
                 if self._out.is_set():
                     raise ConfigError("this candidate has been stopped; make a new one")

@@ -35,15 +35,13 @@ def append(
     earlier in this batch) is left out, and named in the answer: so a repeated call is harmless. `StaleToken` if the
     lease is not live: the transaction is then rolled back. All events of the batch commit, or none.
     """
-    if isinstance(events, Mapping):
-        events = (Event(event_id, payload) for event_id, payload in events.items())
     offered: dict[str, str] = {}
     duplicates = []
-    for event in events:
-        if limits.event_id(event.event_id) in offered:
-            duplicates.append(event.event_id)
+    for event_id, payload in limits.events(events):
+        if event_id in offered:
+            duplicates.append(event_id)
         else:
-            offered[event.event_id] = limits.document(f"the payload of event {event.event_id!r}", event.payload)
+            offered[event_id] = payload
     if checkpoint is not None:
         limits.document("checkpoint", checkpoint)
     fence(connection, lease)
@@ -69,7 +67,7 @@ def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: i
             columns.recorded_at,
             columns.payload,
         )
-        .where(columns.stream_id == limits.stream_id(stream_id), columns.seq > after_seq)
+        .where(columns.stream_id == limits.stream_id(stream_id), columns.seq > limits.sequence(after_seq))
         .order_by(columns.seq)
         .limit(limits.count("limit", limit))
     )

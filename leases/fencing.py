@@ -90,7 +90,8 @@ def fence(connection: Connection, lease: Lease) -> None:
 
 
 def named(lease: Lease) -> dict[str, Any]:
-    """The parameters by which every message names its grant."""
+    """The parameters by which every message names its grant; `ConfigError` if it cannot be one."""
+    limits.lease(lease)
     return {"stream": lease.stream_id, "token": lease.fencing_token, "holder": lease.owner}
 
 
@@ -221,7 +222,7 @@ def advance_watermark(connection: Connection, watermarks: Table, lease: Lease) -
     """
     if connection.in_nested_transaction():
         raise ConfigError("a watermark inside a savepoint does not hold: advance it in the outermost transaction")
-    limits.stream_id(lease.stream_id)
+    limits.lease(lease)
     build: Any = postgresql.insert if dialects.name_of(connection) == dialects.POSTGRESQL else sqlite.insert
     statement = build(watermarks).values(
         stream_id=lease.stream_id, fencing_token=lease.fencing_token, owner=lease.owner

@@ -65,7 +65,7 @@ def enlist(connection: Connection, member: Membership, *, ttl: timedelta) -> Non
 
     The row of an earlier process of that name is taken over. Waits for nobody: a row that is locked is left alone.
     """
-    limits.owner(member.worker_id)
+    limits.member(member)
     values = {f"its_{name}": value for name, value in asdict(member).items()}
     values |= {"holder": member.worker_id, "ttl": limits.ttl(ttl).total_seconds()}
     if connection.execute(ENLIST, values).one_or_none() is None:
@@ -80,7 +80,7 @@ def namesake(connection: Connection, member: Membership) -> tuple[str, int] | No
 
 def dismiss(connection: Connection, worker_id: str) -> None:
     """Delete the worker's row: whatever it still holds is anybody's when it expires. A second call is harmless."""
-    connection.execute(delete(lease_workers).where(lease_workers.c.worker_id == worker_id))
+    connection.execute(delete(lease_workers).where(lease_workers.c.worker_id == limits.owner(worker_id)))
 
 
 def bury(connection: Connection, *, dead_for: timedelta) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 from leases.errors import ConfigError
+from leases.model import JSON, Ending, Event, Lease, Membership, State
 
 MAX_TTL = timedelta(hours=24)
 """The longest lease. An `expires_at` further away than this is a clock that was set back: it counts as expired."""
@@ -21,7 +22,11 @@ MAX_TTL = timedelta(hours=24)
 MIN_TTL = timedelta(milliseconds=10)
 """The shortest lease: SQLite's clock counts milliseconds, and a heartbeat needs some."""
 
+MAX_DURATION = timedelta(days=366)
+"""The longest wait, pause or backoff; what is more is a mistake, and some clocks cannot count it."""
+
 MAX_TOKEN = 2**63 - 1
+"""The greatest integer that both engines store."""
 
 _FORBIDDEN = {
     "Cc": "a control character",
@@ -66,6 +71,8 @@ def _name(what: str, value: str) -> str:
         raise ConfigError(f"{what} must be text, not {type(value).__name__}")
     if not 1 <= len(value) <= 255:
         raise ConfigError(f"{what} must have 1 to 255 characters, this one has {len(value)}")
+    if value.isprintable():  # and so without any that is forbidden: a heartbeat asks this of thousands of names
+        return value
     for position, character in enumerate(value):
         why = _FORBIDDEN.get(unicodedata.category(character))
         if why:
@@ -77,7 +84,95 @@ def stream_ids(values: Iterable[str]) -> list[str]:
     """Return stream_ids, each once and in order, if every one can name a stream; a text alone is not a list of them."""
     if isinstance(values, str):
         raise ConfigError(f"stream_ids must be a list of texts, not one text; write [{values!r}]")
-    return sorted({stream_id(value) for value in values})
+    return sorted({stream_id(value) for value in _many("stream_ids", values)})
+
+
+def _many(what: str, values: Any) -> Iterable[Any]:
+    if not isinstance(values, Iterable):
+        raise ConfigError(f"{what} must be a list, not {type(values).__name__}")
+    return values
+
+
+def lease(value: Lease) -> Lease:
+    """Return `value` if it can be a grant: whatever names one to the database calls this first."""
+    if not isinstance(value, Lease):
+        raise ConfigError(f"a lease is what acquire and claim return, not {type(value).__name__}")
+    _name("stream_id", value.stream_id)
+    _name("owner", value.owner)
+    fencing_token(value.fencing_token)
+    return value
+
+
+def leases(values: Iterable[Lease]) -> list[Lease]:
+    """Return a list of the leases, if each can be a grant."""
+    return [lease(value) for value in _many("leases", values)]
+
+
+def endings(values: Iterable[Ending]) -> list[Ending]:
+    """Return a list of the grants to let go, if each can be one."""
+    given = list(_many("endings", values))
+    for value in given:
+        if not isinstance(value, Ending):
+            raise ConfigError(f"an ending is an Ending, not {type(value).__name__}")
+        lease(value.lease)
+        backoff_s(value.backoff)
+        if value.error is not None:
+            text("error", value.error)
+    return given
+
+
+def events(values: Iterable[Event] | Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
+    """The events' ids, and their payloads as JSON text, if every one can be stored."""
+    pairs = values.items() if isinstance(values, Mapping) else map(_event, _many("events", values))
+    for name, payload in pairs:
+        yield event_id(name), document(f"the payload of event {name!r}", payload)
+
+
+def _event(value: Event) -> tuple[str, JSON]:
+    if not isinstance(value, Event):
+        raise ConfigError(f"events must be Events, or a mapping of event_id to payload, not {type(value).__name__}")
+    return value.event_id, value.payload
+
+
+def member(value: Membership) -> Membership:
+    """Return what a process says of itself, if it can stand in the table of workers."""
+    if not isinstance(value, Membership):
+        raise ConfigError(f"a member is a Membership, not {type(value).__name__}")
+    owner(value.worker_id)
+    text("host", value.host)
+    text("version", value.version)
+    count("pid", value.pid, least=0, most=MAX_TOKEN)
+    if value.pool is not None:
+        pool(value.pool)
+    if value.capacity is not None:
+        count("capacity", value.capacity, least=0)
+    weight(value.weight)
+    return value
+
+
+def weight(value: float) -> float:
+    """Return a worker's weight as a float: more than 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
+        raise ConfigError(f"weight must be a number greater than 0, 1000000 at most, not {_shown(value)}")
+    return float(value)
+
+
+def held(value: int | None) -> int | None:
+    """Return how many leases an owner says that it holds, if it says so."""
+    return None if value is None else count("held", value, least=0)
+
+
+def sequence(value: int) -> int:
+    """Return the number of an event to read on from; 0 is before the first."""
+    return count("after_seq", value, least=0, most=MAX_TOKEN)
+
+
+def state(value: State | str) -> State:
+    """Return a stream's state, by its name."""
+    try:
+        return State(value)
+    except ValueError:
+        raise ConfigError(f"state must be one of {', '.join(State)}, not {_shown(value)}") from None
 
 
 def ttl(value: timedelta | float) -> timedelta:
@@ -95,6 +190,32 @@ def ttl(value: timedelta | float) -> timedelta:
             f"ttl must be between {MIN_TTL.total_seconds():g} s and 24 h, not {result.total_seconds():g} s"
         )
     return result
+
+
+def duration(what: str, value: timedelta, *, least: timedelta = timedelta(0)) -> timedelta:
+    """Return a `timedelta` between `least` and MAX_DURATION, both included."""
+    if not isinstance(value, timedelta):
+        raise ConfigError(f"{what} must be a timedelta, not {_shown(value)}")
+    if not least <= value <= MAX_DURATION:
+        raise ConfigError(
+            f"{what} must be between {least.total_seconds():g} s and {MAX_DURATION.days} days, "
+            f"not {value.total_seconds():g} s"
+        )
+    return value
+
+
+def backoff_s(value: timedelta) -> float:
+    """Return how long a stream rests when it is released, in seconds; a negative rest is none."""
+    return max(0.0, duration("backoff", value, least=-MAX_DURATION).total_seconds())
+
+
+def instant(what: str, value: datetime) -> datetime:
+    """Return a time that has a zone: the database's times are in UTC."""
+    if not isinstance(value, datetime):
+        raise ConfigError(f"{what} must be a datetime, not {_shown(value)}")
+    if value.tzinfo is None:
+        raise ConfigError(f"{what} needs a time zone: the database's times are in UTC")
+    return value
 
 
 def fencing_token(value: int) -> int:
@@ -134,6 +255,15 @@ def _shown(value: object) -> str:
 
 
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def identifier(what: str, value: str) -> str:
+    """Return `value` if it can name a table or a column, or part of one, and be quoted."""
+    if not text(what, value, longest=255):
+        raise ConfigError(f"{what} is empty")
+    if "$leases$" in value:  # it would end the text of the trigger's function
+        raise ConfigError(f"{what} holds $leases$; choose another name")
+    return value
 
 
 def document(what: str, value: Any) -> str:

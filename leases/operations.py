@@ -102,6 +102,7 @@ def claim(
         "in_pool": limits.pool(pool),
         "claim": claim_id or uuid4(),
     }
+    limits.held(held)
     granted: Sequence[Row[Any]] = ()
     if repeated:
         granted = connection.execute(statements.CLAIMED_BEFORE, values).all()
@@ -142,12 +143,12 @@ def renew(
     how many leases it holds.
     """
     dialect = dialects.name_of(connection)
-    given = {lease.stream_id: lease for lease in leases}
+    given = {lease.stream_id: lease for lease in limits.leases(leases)}
     values = {
         **dialects.grants_given(dialect, given.values()),
         "holder": limits.owner(owner),
         "ttl": limits.ttl(ttl).total_seconds(),
-        "held": held,
+        "held": limits.held(held),
     }
     answer = connection.execute(statements.renew(dialect), values).all()
     if dialect == dialects.POSTGRESQL:
@@ -198,7 +199,7 @@ def release(
         write_checkpoint(connection, lease, checkpoint)
     values = {
         **named(lease),
-        "backoff": max(0.0, backoff.total_seconds()),
+        "backoff": limits.backoff_s(backoff),
         "error": None if error is None else limits.text("error", error),
     }
     return connection.execute(statements.RELEASE, values).one_or_none() is not None
@@ -212,10 +213,8 @@ def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str
     are released, its row in `lease_workers` tells its count in the same moment.
     """
     dialect = dialects.name_of(connection)
-    given = list(endings)
-    for ending in given:
-        if ending.error is not None:
-            limits.text("error", ending.error)
+    given = limits.endings(endings)
+    limits.held(held)
     values = {**dialects.endings_given(dialect, given), "holder": limits.owner(owner)}
     released = frozenset(row.stream_id for row in connection.execute(statements.release_all(dialect), values))
     missed = [ending.lease for ending in given if ending.lease.stream_id not in released]

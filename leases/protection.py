@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, text
 
-from leases import dialects
+from leases import dialects, limits
 from leases.dialects import SQLITE_NOW
 
 STALE_STATE = "LS001"
@@ -37,7 +37,12 @@ def protect(
     `stream_id` and `fencing_token` name the table's columns. On PostgreSQL `schema` is the table's and `lease_schema`
     that of the lease tables; without them the connection's search_path finds both, now.
     """
-    quote = connection.dialect.identifier_preparer.quote_identifier
+    quote = connection.dialect.identifier_preparer.quote_identifier  # on PostgreSQL it doubles a %, for the driver
+    for what, name in (("table", table), ("stream_id", stream_id), ("fencing_token", fencing_token)):
+        limits.identifier(what, name)
+    for place in (schema, lease_schema):
+        if place is not None:
+            limits.schema(place)
     if dialects.name_of(connection) == dialects.SQLITE:
         refuse = (
             "SELECT RAISE(ABORT, 'leases: a stale write: its token is not that of a live lease') WHERE NOT EXISTS ("
@@ -53,7 +58,8 @@ def protect(
     leases = f"{quote(lease_schema) if lease_schema else _current_schema(connection)}.leases"
     given = {"leases": leases, "stream_id": quote(stream_id), "fencing_token": quote(fencing_token)}
     unprotect(connection, table, schema=schema)
-    connection.exec_driver_sql(f"CREATE FUNCTION {function}() {_FUNCTION.format(**given)}".replace("%", "%%"), ())
+    body = _FUNCTION.replace("%", "%%").format(**given)
+    connection.exec_driver_sql(f"CREATE FUNCTION {function}() {body}")
     for event in ("INSERT", "UPDATE"):
         connection.exec_driver_sql(
             f"CREATE TRIGGER leases_protect_{event.lower()} AFTER {event} ON {target} "
@@ -63,6 +69,9 @@ def protect(
 
 def unprotect(connection: Connection, table: str, *, schema: str | None = None) -> None:
     """Remove the trigger of `protect`, in the caller's transaction. A second call is harmless."""
+    limits.identifier("table", table)
+    if schema is not None:
+        limits.schema(schema)
     quote = connection.dialect.identifier_preparer.quote_identifier
     if dialects.name_of(connection) == dialects.SQLITE:
         for event in ("insert", "update"):
@@ -83,7 +92,7 @@ def _names(connection: Connection, table: str, schema: str | None) -> tuple[str,
 
 def _current_schema(connection: Connection) -> str:
     found: str = connection.execute(text("SELECT quote_ident(current_schema())")).scalar_one()
-    return found
+    return found.replace("%", "%%")
 
 
 _FUNCTION = """RETURNS trigger LANGUAGE plpgsql AS $leases$

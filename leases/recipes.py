@@ -21,7 +21,6 @@ from uuid import UUID, uuid4, uuid5
 from sqlalchemy import Connection
 
 from leases import administration, limits, operations
-from leases.errors import ConfigError
 from leases.model import DEFAULT_POOL, Lease, Observed, Pruned
 
 Clock = Callable[[], float]
@@ -75,9 +74,7 @@ def acquire(
     See `operations.acquire` for what one attempt does. `claim_id` names the whole call: repeating it with the same one
     returns the same grant while that is live. `before_send` is called before each attempt: count trust from there.
     """
-    if not isinstance(wait, timedelta) or wait < NO_WAIT:
-        raise ConfigError(f"wait must be a timedelta that is not negative, not {wait!r}")
-    give_up_at = clock() + wait.total_seconds()
+    give_up_at = clock() + limits.duration("wait", wait).total_seconds()
     claim = claim_id or uuid4()
     call = partial(operations.acquire, stream_id=stream_id, owner=owner, ttl=ttl, pool=pool, claim_id=claim)
 
@@ -184,8 +181,9 @@ def _end_now(
     limits.text("actor", actor)
     if reason is not None:
         limits.text("reason", reason)
-    if not isinstance(timeout, timedelta) or timeout <= NO_WAIT:
-        raise ConfigError(f"timeout must be a timedelta greater than 0, not {timeout!r}")
+    if fencing_token is not None:
+        limits.fencing_token(fencing_token)
+    limits.duration("timeout", timeout, least=timedelta(microseconds=1))
     call = partial(
         administration.end_now,
         stream_id=stream_id,
@@ -221,8 +219,7 @@ def prune(clock: Clock, *, before: datetime) -> Generator[Step, Any, Pruned]:
 
     See `administration.prune` for what goes. Never a row that carries a token.
     """
-    if before.tzinfo is None:
-        raise ConfigError("before needs a time zone: the database's times are in UTC")
+    limits.instant("before", before)
     counts = [0, 0, 0, 0, 0]
     while True:
         batch: Pruned = yield Do(lambda connection, _: administration.prune(connection, before=before))

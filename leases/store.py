@@ -24,9 +24,9 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
-from leases import administration, events, fleet, fork, migrate, operations, recipes, views
+from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_engine, describe
-from leases.errors import LeaseNotHeld, OutcomeUnknown
+from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown
 from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
@@ -86,7 +86,7 @@ class LeaseStore:
         self.engine = own(self.base_engine, schema, retry_for)
         self.url = self.engine.url
         self.schema = schema
-        self.retry_for = retry_for
+        self.retry_for = limits.duration("retry_for", retry_for)
         self._tables = Tables(self.url, schema)
         fork.tell(self)
 
@@ -235,6 +235,8 @@ class EventLog:
     """The event log of a store: `append` under the fence, `read` in commit order."""
 
     def __init__(self, store: LeaseStore) -> None:
+        if not isinstance(store, LeaseStore):
+            raise ConfigError(f"the store must be a LeaseStore, not {type(store).__name__}")
         self.run = store.run
 
     append = method(events.append)

@@ -104,7 +104,7 @@ def begin_fenced(connection: Connection, tables: Tables, leases: Iterable[Lease]
     transaction = connection.begin()
     try:
         tables.check(connection)
-        for lease in sorted(leases, key=lambda lease: lease.stream_id):
+        for lease in sorted(limits.leases(leases), key=lambda lease: lease.stream_id):
             fence(connection, lease)
     except BaseException:
         roll_back(transaction)

@@ -27,7 +27,7 @@ from sqlalchemy import (
 
 from leases import dialects, limits
 from leases.dialects import matches_glob, now
-from leases.errors import ConfigError, LeaseNotHeld
+from leases.errors import LeaseNotHeld
 from leases.model import AuditEntry, Blocker, Checkpoint, EndReason, Grant, LeaseInfo, State, WorkerInfo
 from leases.schema import lease_audit, lease_checkpoints, lease_grants, lease_workers, leases
 from leases.statements import LIVE
@@ -89,7 +89,7 @@ def list_leases(
     if pool is not None:
         chosen = chosen.where(leases.c.pool == limits.pool(pool))
     if state is not None:
-        chosen = chosen.where(STATE.in_([State(state).value]))
+        chosen = chosen.where(STATE.in_([limits.state(state).value]))
     if glob is not None:
         chosen = chosen.where(matches_glob(dialects.name_of(connection), leases.c.stream_id, limits.stream_id(glob)))
     if after is not None:
@@ -122,8 +122,7 @@ def grants(
     if before is not None:
         chosen = chosen.where(lease_grants.c.fencing_token < limits.fencing_token(before))
     if at is not None:
-        if at.tzinfo is None:
-            raise ConfigError("at needs a time zone: the database's times are in UTC")
+        limits.instant("at", at)
         over = func.coalesce(lease_grants.c.ended_at, leases.c.expires_at)
         chosen = chosen.where(lease_grants.c.granted_at <= at, over > at)
     return [

@@ -26,14 +26,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 from weakref import WeakMethod
 
 from leases import fleet, limits, operations
@@ -106,8 +105,8 @@ class Worker:
             limits.count("capacity", capacity, least=0)
         if concurrency is not None:
             limits.count("concurrency", concurrency, most=10_000)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
-            raise ConfigError(f"weight must be a number greater than 0, 1000000 at most, not {weight!r}")
+        if not isinstance(backoff, Backoff | None):
+            raise ConfigError(f"backoff must be a Backoff, not {type(backoff).__name__}")
         self._async_store = store if isinstance(store, AsyncLeaseStore) else None
         self._store = store.sync_store() if isinstance(store, AsyncLeaseStore) else store
         self._handler = handler
@@ -134,7 +133,7 @@ class Worker:
             heard=self._heard,
             competes=True,
             capacity=capacity,
-            weight=float(weight),
+            weight=limits.weight(weight),
         )
         self._poll_s = _seconds("poll_interval", poll_interval, least_s=0.001)
         terms = Terms(
@@ -240,7 +239,7 @@ class Worker:
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait until it has stopped, for whatever reason; False if it has not within `timeout`."""
-        return self._stopped.wait(None if timeout is None else timeout.total_seconds())
+        return self._stopped.wait(None if timeout is None else limits.duration("timeout", timeout).total_seconds())
 
     def run(self) -> None:
         """Start, work until it is asked to stop, and drain. In the main thread, SIGTERM and SIGINT ask for that.
@@ -375,10 +374,5 @@ def _stop_at_exit(stop: WeakMethod[Callable[[], None]]) -> None:
         still()
 
 
-def _seconds(what: str, value: Any, *, least_s: float = 0.0) -> float:
-    if not isinstance(value, timedelta):
-        raise ConfigError(f"{what} must be a timedelta, not {value!r}")
-    seconds = value.total_seconds()
-    if not least_s <= seconds <= 366 * 86_400 or math.isnan(seconds):
-        raise ConfigError(f"{what} must be between {least_s:g} s and 366 days, not {seconds:g} s")
-    return seconds
+def _seconds(what: str, value: timedelta, *, least_s: float = 0.0) -> float:
+    return limits.duration(what, value, least=timedelta(seconds=least_s)).total_seconds()

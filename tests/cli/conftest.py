@@ -18,8 +18,9 @@ from click.testing import CliRunner
 
 from leases import LeaseStore
 from leases.cli import main
+from tests.canary import CANARY
 
-PASSWORD = "canary-hunter2"
+PASSWORD = CANARY
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def ended(process: subprocess.Popen[str], timeout_s: float = 20) -> Outcome:
     """Wait for a process to end."""
     out, err = process.communicate(timeout=timeout_s)
     assert "Traceback" not in (err or "")
+    assert PASSWORD not in (out or "") + (err or "")
     return Outcome(process.returncode, out or "", err or "")
 
 

@@ -155,7 +155,7 @@ OF_THE_REST = (
         (
             Edit(
                 "leases/fleet.py",
-                "delete(lease_workers).where(lease_workers.c.worker_id == worker_id)",
+                "delete(lease_workers).where(lease_workers.c.worker_id == limits.owner(worker_id))",
                 'delete(lease_workers).where(lease_workers.c.worker_id == "")',
             ),
         ),
