@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider")
+PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-n", "0")
 
 LAYERS: dict[str, tuple[str, ...]] = {
     "model": (sys.executable, "-m", "tests.model", "--steps", "10000", "--seed", "1"),
