@@ -192,12 +192,18 @@ def resume(connection: Connection, stream_id: str, *, actor: str, reason: str | 
 
 
 def retire(
-    connection: Connection, stream_ids: Iterable[str], *, actor: str | None = None, reason: str | None = None
+    connection: Connection,
+    stream_ids: Iterable[str],
+    *,
+    pool: str | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> int:
     """Let nobody acquire these streams until they are registered again; return how many were not retired before.
 
     An owner keeps its lease, and is told with its next heartbeat. The rows stay, and with them their tokens. Unknown
-    streams are passed over. With an `actor` each leaves a line in the audit.
+    streams are passed over, and so are those of another `pool`, if one is given. With an `actor` each leaves a line in
+    the audit.
     """
     given = limits.stream_ids(stream_ids)
     dialect = dialects.name_of(connection)
@@ -206,6 +212,7 @@ def retire(
         .where(
             one_of(leases.c.stream_id, dialects.names_given(dialect, "stream_ids").scalar_subquery()),
             leases.c.retired_at.is_(None),
+            *([] if pool is None else [leases.c.pool == limits.pool(pool)]),
         )
         .values(retired_at=now())
         .returning(leases.c.stream_id, leases.c.fencing_token, concerns(leases.c.owner).label("notified")),

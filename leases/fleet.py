@@ -19,7 +19,6 @@ from sqlalchemy import (
     Double,
     Select,
     Text,
-    and_,
     bindparam,
     case,
     delete,
@@ -75,7 +74,7 @@ def enlist(connection: Connection, member: Membership, *, ttl: timedelta) -> Non
 def namesake(connection: Connection, member: Membership) -> tuple[str, int] | None:
     """The host and pid of another live process of the worker's name, or None: two must not share one."""
     row = connection.execute(NAMESAKE, {"holder": member.worker_id}).one_or_none()
-    return None if row is None or (row.host, row.pid) == (member.host, member.pid) else (row.host, row.pid)
+    return None if row is None or row.incarnation == member.incarnation else (row.host, row.pid)
 
 
 def dismiss(connection: Connection, worker_id: str) -> None:
@@ -149,7 +148,7 @@ def let_go_expired(connection: Connection, *, owner: str) -> int:
 
 # --- its statements ----------------------------------------------------------------------------------------------
 
-_DESCRIPTION = ("worker_id", "host", "pid", "version", "pool", "capacity", "weight")
+_DESCRIPTION = ("worker_id", "host", "pid", "version", "pool", "capacity", "weight", "incarnation")
 _ITS = {name: bindparam(f"its_{name}", type_=lease_workers.c[name].type) for name in _DESCRIPTION}
 
 ENLIST = (
@@ -163,7 +162,7 @@ ENLIST = (
 
 def _enlist_again() -> Any:
     columns = lease_workers.c
-    same = and_(columns.host == _ITS["host"], columns.pid == _ITS["pid"])
+    same = columns.incarnation.is_not_distinct_from(_ITS["incarnation"])
 
     def kept(column: ColumnElement[Any], otherwise: Any) -> ColumnElement[Any]:
         return case((same, column), else_=otherwise)
@@ -187,7 +186,9 @@ def _enlist_again() -> Any:
 ENLIST_AGAIN = _enlist_again()
 """Extend the worker's row where it is there, and nobody has locked it; of an earlier process nothing is kept."""
 
-NAMESAKE = select(lease_workers.c.host, lease_workers.c.pid).where(lease_workers.c.worker_id == HOLDER, ALIVE)
+NAMESAKE = select(lease_workers.c.host, lease_workers.c.pid, lease_workers.c.incarnation).where(
+    lease_workers.c.worker_id == HOLDER, ALIVE
+)
 
 DRAIN = (
     update(lease_workers)

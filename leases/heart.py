@@ -56,6 +56,8 @@ class Heart:
         self._stopping = threading.Event()
         self._asked = threading.Event()
         self._began_s: float | None = None
+        self.watched: list[Line] = []
+        """Other lines, on which no call may take longer than a TTL."""
         self._threads: tuple[threading.Thread, ...] = ()
 
     def start(self) -> bool:
@@ -81,12 +83,17 @@ class Heart:
             self._threads = threads
             return True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping.is_set()
+
     def beat_soon(self) -> None:
         """Beat at once, not when it is time. From any thread."""
         self._asked.set()
         self.line.wake()
 
-    def stop(self) -> None:
+    def stop(self, *, dismiss: bool = True) -> None:
         """End the threads, and take the process off the list. Leases that are still kept expire by themselves."""
         self._keeper.close()
         if self._keeper.inherited:
@@ -100,7 +107,7 @@ class Heart:
                 thread.join(1)
         hangs = any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads)
         with suppress(LeasesError):  # its row expires by itself
-            if self._keeper.enlisted and not hangs:
+            if dismiss and self._keeper.enlisted and not hangs:
                 self.line.run(self._dismiss)
         if not hangs:
             self.line.close()
@@ -175,12 +182,17 @@ class Heart:
             began_s = self._began_s
             if began_s is not None and monotonic() - began_s >= interval_s and self.line.cut():
                 logger.warning("a heartbeat of %s hangs; its connection is cut", self._keeper.member.worker_id)
+            for line in self.watched:
+                if line.running_s >= self._keeper.window.ttl_s and line.cut():
+                    logger.warning("a transaction of %s hangs; its connection is cut", self._keeper.member.worker_id)
             with self._keeper.changed:
                 if not self._stopping.is_set():
                     self._keeper.changed.wait(self._until_next_look_s(interval_s))
 
     def _until_next_look_s(self, interval_s: float) -> float:
         until_s = self._keeper.until_deadline_s()
+        if self.watched:
+            until_s = min(until_s, interval_s)
         if self._began_s is not None:
             # Where it hangs before it has a connection, there is nothing to cut yet: look again.
             until_s = min(until_s, max(interval_s / 10, self._began_s + interval_s - monotonic()))

@@ -28,6 +28,7 @@ from leases.dialects import CHANNEL, POSTGRESQL
 from leases.engine import BUSY_OPTION, READ_OPTION, dedicated
 from leases.store import LeaseStore
 from leases.transaction import R, Tables, own, transact, translated
+from leases.trust import monotonic
 
 
 class Line:
@@ -47,6 +48,7 @@ class Line:
         # Guards what other threads do: no call is cut after its end, and no pipe is written to after its.
         self._guard = threading.Lock()
         self._running: Any = None
+        self._began_s = 0.0
         self._woken, self._waker = os.pipe()
         for end in (self._woken, self._waker):
             os.set_blocking(end, False)
@@ -58,7 +60,7 @@ class Line:
         with self._turn, translated(self._tables.url):
             connection = self._opened()
             with self._guard:
-                self._running = connection.connection.driver_connection
+                self._running, self._began_s = connection.connection.driver_connection, monotonic()
             try:
                 return transact(connection, self._tables, lambda own, _: call(own), 1, {READ_OPTION: read_only})
             except BaseException:
@@ -78,14 +80,26 @@ class Line:
                 _cut(running)
             return running is not None
 
+    @property
+    def running_s(self) -> float:
+        """How long the call that is running has run; 0 if none is."""
+        with self._guard:
+            return monotonic() - self._began_s if self._running is not None else 0.0
+
     def _opened(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            self._connection = self._engine.connect()
-            if self._listens:
-                with self._connection.begin():
-                    self._connection.exec_driver_sql(f"LISTEN {CHANNEL}")
-                driver: Any = self._connection.connection.driver_connection
-                self._heard = driver.fileno()
+            connection = self._engine.connect()
+            try:
+                if self._listens:
+                    with connection.begin():
+                        connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+                    driver: Any = connection.connection.driver_connection
+                    self._heard = driver.fileno()
+            except BaseException:  # one that does not listen is none
+                connection.invalidate()
+                connection.close()
+                raise
+            self._connection = connection
         return self._connection
 
     def wait(self, timeout_s: float) -> list[str]:

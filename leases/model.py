@@ -179,6 +179,7 @@ class Membership:
     pool: str | None = None
     capacity: int | None = None
     weight: float = 1.0
+    incarnation: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,7 @@ class WorkerInfo:
     weight: float
     lease_count: int
     beaten_at: datetime | None
+    incarnation: UUID | None
     seen_at: datetime
 
     @property

@@ -227,7 +227,10 @@ def release_all(connection: Connection, endings: Iterable[Ending], *, owner: str
 
 
 def recover(connection: Connection, lease: Lease) -> bool:
-    """Forget how often the work on a stream has failed: it goes on well again. False if there was nothing to forget."""
+    """Forget how often the work on a stream has failed: it goes on well again. False if there was nothing to forget.
+
+    Or if somebody has locked the row: this waits for nobody.
+    """
     return connection.execute(statements.RECOVER, named(lease)).one_or_none() is not None
 
 

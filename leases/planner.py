@@ -21,6 +21,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -96,6 +97,11 @@ class Planner:
         self._runs: dict[StreamSession, Run] = {}
         self._ended: queue.SimpleQueue[Run] = queue.SimpleQueue()
         self._owed: dict[StreamSession, Ending] = {}
+        self._lingering: set[Run] = set()
+        """Runs whose session is lost, and whose call has not returned."""
+        self._found: queue.SimpleQueue[set[str] | None] = queue.SimpleQueue()
+        self._asking = False
+        self._returned = 0
         self._known: set[str] = set()
         self._reported = 0
         self._drain_asked = False
@@ -113,14 +119,22 @@ class Planner:
     def granted(self, session: StreamSession) -> None:
         """Hear of a new session: its work begins."""
         run = Run(session)
+        now_s = self.registry.now_s()
         with self._lock:
+            # Of an earlier grant the call may still run: never two at once, and nobody waits for ever.
+            if not self.draining:
+                run.after = next((old for old in self._lingering if old.session.stream_id == session.stream_id), None)
+            if run.after is not None:
+                run.stop_by_s = now_s + self._terms.drain_s
+                self._enforce_at_s = min(self._enforce_at_s, run.stop_by_s)
             self._runs[session] = run
         self.tell(Happening.GRANTED, session)
         if self.draining:
             session.stop()
-        self.runner.begin(run)
+        if run.after is None:
+            self.runner.begin(run)
         if self.draining:
-            self._ask_to_end(run, self.registry.now_s())
+            self._ask_to_end(run, now_s)
 
     def stopping(self, session: StreamSession) -> None:
         """Hear that a session is to end in good order: its stream was paused or retired."""
@@ -134,11 +148,23 @@ class Planner:
         self.tell(Happening.LOST, session, reason=str(loss))
         run = self._runs.get(session)
         if run is not None:
+            with self._lock:
+                if not run.ended and loss is not Loss.STALLED:
+                    self._lingering.add(run)
             self.runner.abandon(run)
+            if run.after is not None:
+                self.ended(run)  # it was never begun
         self._wake()
 
     def ended(self, run: Run) -> None:
         """Hear from the runner that a session's work has ended."""
+        with self._lock:
+            self._lingering.discard(run)
+            next_ones = [each for each in self._runs.values() if each.after is run]
+            for each in next_ones:
+                each.after = each.stop_by_s = None
+        for each in next_ones:
+            self.runner.begin(each)
         self._ended.put(run)
         self._wake()
 
@@ -187,9 +213,10 @@ class Planner:
             self._awake_since_s = now_s  # the process stood still, and so did all that it would judge
         if self._drain_asked and not self.draining:
             self._begin_drain(now_s)
+        self._collect()
         if now_s >= self._enforce_at_s:
             self._enforce(now_s)
-        self._collect()
+            self._release_owed()
         if self.draining:
             if not self._drain_told:
                 self._line.run(lambda connection: fleet.drain(connection, self.registry.owner))
@@ -209,7 +236,8 @@ class Planner:
 
     def _until_next_s(self) -> float:
         now_s = self.registry.now_s()
-        moments = [self._plan_at_s if not self.draining else now_s + self._terms.poll_s, self._enforce_at_s]
+        plans = not self.draining and self.registry.keeper.enlisted
+        moments = [self._plan_at_s if plans else now_s + self._terms.poll_s, self._enforce_at_s]
         if self._owed:
             moments.append(now_s + RELEASE_AGAIN_S)
         return max(0.0, min(moments) - now_s)
@@ -227,6 +255,9 @@ class Planner:
                 known = self._runs.pop(run.session, None)
             if known is not None:  # not one that was given up, and has been released
                 self._owe(run, run.error)
+        self._release_owed()
+
+    def _release_owed(self) -> None:
         if self._owed:
             locked = self.registry.release_on(self._line, self._owed)
             self._owed = {session: self._owed[session] for session in locked}
@@ -251,7 +282,7 @@ class Planner:
     def _enforce(self, now_s: float) -> None:
         """End the sessions of handlers that stall, or that were asked to end and have not."""
         with self._lock:
-            runs = [run for run in self._runs.values() if not run.abandoned]
+            runs = [run for run in self._runs.values() if not (run.abandoned or run.ended)]
             asked = [run.stop_by_s for run in runs if run.stop_by_s is not None and run.stop_by_s > now_s]
             stall_s = self._terms.stall_s
             self._enforce_at_s = min([math.inf if stall_s is None else now_s + stall_s / 4, *asked])
@@ -262,9 +293,11 @@ class Planner:
                 self._give_up(run, Loss.STALLED, f"made no progress for {self._terms.stall_s:g} s")
 
     def _stalls(self, run: Run, now_s: float) -> bool:
-        began_s = run.began_s
-        if self._terms.stall_s is None or began_s is None:
+        if self._terms.stall_s is None:
             return False
+        began_s = run.began_s
+        if began_s is None:  # it waits; for ever, if the loop that is to run it stands still
+            return min(now_s - run.session.moved_at_s, self.runner.stands_still_s() or 0.0) > self._terms.stall_s
         return now_s - max(began_s, run.session.moved_at_s) > self._terms.stall_s
 
     def _give_up(self, run: Run, loss: Loss, why: str) -> None:
@@ -300,24 +333,43 @@ class Planner:
                 run.stop_by_s = now_s + self._terms.drain_s
                 self._enforce_at_s = min(self._enforce_at_s, run.stop_by_s)
         self.runner.stop(run)
+        if run.after is not None:
+            self.ended(run)  # it was never begun
 
     # --- streams ---------------------------------------------------------------------------------------------------
 
     def _find_streams(self, now_s: float) -> None:
-        """Register what the source has that it had not, and retire what it has no more."""
-        if self._discover is None or now_s < self._discover_at_s:
+        """Register what the source has that it had not, and retire what it has no more.
+
+        It is asked on a thread of its own: it may take its time, and the worker goes on.
+        """
+        if self._discover is None:
             return
-        self._discover_at_s = now_s + self._terms.discover_s
+        if not self._asking and now_s >= self._discover_at_s:
+            self._asking = True
+            self._discover_at_s = now_s + self._terms.discover_s
+            threading.Thread(target=self._ask, args=(self._discover,), name="leases-discover", daemon=True).start()
+        with suppress(queue.Empty):
+            found = self._found.get_nowait()
+            self._asking = False
+            if found is not None:
+                self._take(found)
+
+    def _ask(self, discover: Discover) -> None:
+        found = None
         try:
-            found = set(limits.stream_ids(self._discover()))
-        except Exception:
+            found = set(limits.stream_ids(discover()))
+        except BaseException:  # whatever it is, also SystemExit: it is the source's
             logger.exception("the source of streams failed; it is asked again in %g s", self._terms.discover_s)
-            return
-        new, gone = found - self._known, self._known - found
+        self._found.put(found)
+        self.look()
+
+    def _take(self, found: set[str]) -> None:
+        new, gone, pool = found - self._known, self._known - found, self.registry.pool
         if new:
-            self._line.run(lambda connection: operations.register(connection, new, pool=self.registry.pool))
+            self._line.run(lambda connection: operations.register(connection, new, pool=pool))
         if gone:
-            self._line.run(lambda connection: administration.retire(connection, gone))
+            self._line.run(lambda connection: administration.retire(connection, gone, pool=pool))
             for stream_id in sorted(gone):
                 logger.info("retired: %s", stream_id, extra={"stream_id": stream_id, "owner": self.registry.owner})
                 self._tell_event(WorkerEvent(Happening.RETIRED, self.registry.owner, stream_id))
@@ -329,11 +381,10 @@ class Planner:
             well = [
                 run
                 for run in self._runs.values()
-                if run.session.lease.failures and run.session.wrote and not run.recovered
+                if run.session.lease.failures and run.session.wrote and not (run.recovered or run.abandoned)
             ]
         for run in well:
-            self._line.run(partial(operations.recover, lease=run.session.lease))
-            run.recovered = True
+            run.recovered = self._line.run(partial(operations.recover, lease=run.session.lease))
         now_s = self.registry.now_s()
         if now_s >= self._bury_at_s:
             self._bury_at_s = now_s + BURY_EVERY_S
@@ -342,6 +393,11 @@ class Planner:
     # --- balance ---------------------------------------------------------------------------------------------------
 
     def _balance(self, now_s: float) -> None:
+        still_s = self.runner.stands_still_s()
+        if still_s is None:
+            logger.error("the event loop of the handlers of %s has ended: it drains", self.registry.owner)
+            self.drain()
+            return
         held = self.registry.keeper.held
         self._limit_to_threads(held)
         view = self.view = self._observe(held)
@@ -352,28 +408,36 @@ class Planner:
             return
         with self._lock:
             staying = [run for run in self._runs.values() if not run.stopping]
-        plan = balance.plan(self.registry.owner, view, held=held, leaving=held - len(staying))
+        # One that was adopted since `held` was counted is staying, too.
+        plan = balance.plan(self.registry.owner, view, held=held, leaving=max(0, held - len(staying)))
         self.target = plan.target
         if plan.shed:
             self._shed(staying, plan.shed, now_s)
-        if plan.claim:
+        if plan.claim and still_s <= self.registry.ttl.total_seconds() / 2:
             self._claim(plan.claim, view)
 
     def _limit_to_threads(self, held: int) -> None:
         """Take no more streams than there are threads, if handlers keep them for good: others would never have one."""
-        ttl_s = self.registry.ttl.total_seconds()
+        me, ttl_s = self.registry.owner, self.registry.ttl.total_seconds()
         if self.registry.now_s() - self._awake_since_s < 2 * ttl_s:
             return  # what seems to last long may have stood still
         threads = self.runner.starving(ttl_s)
+        if threads is None and self.capacity != self._terms.capacity and self.runner.returned > self._returned:
+            logger.info("the handlers of %s come to their ends again: it takes as many streams as before", me)
+            self._set_capacity(self._terms.capacity)
         if threads is None or (self.capacity is not None and self.capacity <= threads):
             return
+        self._returned = self.runner.returned
         logger.warning(
-            "the handlers of %s loop, and there are %d threads for %d streams: its capacity is %d from now on; "
+            "the calls of %s last, and there are %d threads for %d streams: its capacity is %d until they end; "
             "give it more with concurrency=",
-            self.registry.owner, threads, held, threads, extra={"owner": self.registry.owner},
+            me, threads, held, threads, extra={"owner": me},
         )  # fmt: skip
-        self.capacity = threads
-        member = self.registry.keeper.member = replace(self.registry.keeper.member, capacity=threads)
+        self._set_capacity(threads)
+
+    def _set_capacity(self, capacity: int | None) -> None:
+        self.capacity = capacity
+        member = self.registry.keeper.member = replace(self.registry.keeper.member, capacity=capacity)
         self._line.run(lambda connection: fleet.enlist(connection, member, ttl=self.registry.ttl))
 
     def _observe(self, held: int) -> View:

@@ -29,7 +29,7 @@ from weakref import WeakMethod
 
 from sqlalchemy import Connection
 
-from leases import administration, fork, limits, operations
+from leases import administration, fleet, fork, limits, operations
 from leases.errors import ConfigError, LeaseHeld, LeasesError, OutcomeUnknown, StoreUnavailable
 from leases.heart import Heart
 from leases.keeper import Health, Keeper, Told
@@ -97,7 +97,9 @@ class SessionRegistry:
         self._sessions: dict[str, StreamSession] = {}
         self._unanswered: deque[UUID] = deque(maxlen=1000)
         host, pid = socket.gethostname(), os.getpid()
-        member = Membership(self.owner, host, pid, version("leases"), self.pool if competes else None, capacity, weight)
+        member = Membership(
+            self.owner, host, pid, version("leases"), self.pool if competes else None, capacity, weight, uuid4()
+        )
         told = Told(self._renewed, self._lost, self._ending, self._may_adopt, self._adopted, self._unanswered.append)
         self.keeper = Keeper(member, Window.of(self.ttl), told, counts=not competes, clock=clock)
         self.heart = Heart(store, self.keeper, heard=heard) if threads else None
@@ -112,7 +114,7 @@ class SessionRegistry:
     def start(self) -> None:
         """Begin to beat, which `open` and `claim` also do. A second call is harmless; `ConfigError` after `close`."""
         if self.heart is not None and self.heart.start():
-            atexit.register(_close_at_exit, WeakMethod(self.close))
+            atexit.register(_close_at_exit, WeakMethod(self._close_with_interpreter))
 
     def open(self, stream_id: str, *, wait: timedelta = timedelta(0)) -> StreamSession:
         """Acquire the stream's lease and open a session; `LeaseHeld` if that cannot be had within `wait`."""
@@ -187,6 +189,21 @@ class SessionRegistry:
                 self.keeper.close()
             else:
                 self.heart.stop()
+
+    def _close_with_interpreter(self) -> None:
+        """Release what an interpreter that ends still holds, on the heart's line: it is cut, should it hang."""
+        if self.heart is None or self.keeper.inherited or self.heart.stopped:
+            return
+        endings = [Ending(session.lease) for session in self._end(self.sessions.values())]
+
+        def leave_all(connection: Connection) -> None:
+            operations.release_all(connection, endings, owner=self.owner)
+            fleet.dismiss(connection, self.owner)
+
+        self.heart.watched.append(self.heart.line)
+        with suppress(LeasesError):  # what cannot be released expires by itself
+            self.heart.line.run(leave_all)
+        self.heart.stop(dismiss=False)
 
     def orphan(self) -> None:
         """Hear that this is a forked child's copy: none of the sessions is its own."""
@@ -368,11 +385,9 @@ class SessionRegistry:
 
 
 def _close_at_exit(close: WeakMethod[Callable[[], None]]) -> None:
-    """Release what an interpreter that ends still holds; what cannot be, expires by itself."""
     still = close()
     if still is not None:
-        with suppress(LeasesError):
-            still()
+        still()
 
 
 class _Stamp:

@@ -1,4 +1,4 @@
-"""Runners: how a worker's handler is called, on threads or as tasks. They know of sessions, and of no database.
+"""Runners: how a worker's handler is called, here on threads, in `tasks` as tasks. They know of no database.
 
 A handler is called with its session again and again, one call at a time, until the session is to stop:
 
@@ -19,9 +19,9 @@ import heapq
 import inspect
 import itertools
 import logging
+import os
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -47,6 +47,8 @@ class Run:
     error: BaseException | None = None
     stop_by_s: float | None = None
     recovered: bool = False
+    after: Run | None = None
+    """An older run of the same stream, whose call has not returned: this one begins when it has."""
     task: asyncio.Task[None] | None = None
     woken: asyncio.Event | None = None
     """Ends a task's pause. A thread's run has none."""
@@ -59,14 +61,25 @@ class Run:
 class Runner(Protocol):
     """What a worker asks of a runner. From any thread; none of these waits for a handler."""
 
+    returned: int
+    """How many calls have come to their end by themselves: those of handlers that loop do not."""
+
     def begin(self, run: Run) -> None: ...
     def stop(self, run: Run) -> None: ...
     def abandon(self, run: Run) -> None: ...
     def starving(self, after_s: float) -> int | None: ...
+    def stands_still_s(self) -> float | None: ...
+    def owns_this_thread(self) -> bool: ...
     def close(self) -> None: ...
 
 
 Ended = Callable[[Run], object]
+
+
+HANDLER_THREAD = "leases-handler"
+
+LONGEST_WAIT_S = 3600.0
+"""Threads look again at least so often; a longer wait than the system can count would be an error."""
 
 
 def is_async(handler: Handler) -> bool:
@@ -99,6 +112,8 @@ class ThreadRunner:
         self._waiting = 0
         self._in_call: dict[Run, float] = {}
         self._closed = False
+        self._pid = os.getpid()
+        self.returned = 0
 
     def begin(self, run: Run) -> None:
         with self._changed:
@@ -120,12 +135,14 @@ class ThreadRunner:
             if run.ended or run.abandoned:
                 return
             run.abandoned = True
-            if run.began_s is None:
-                run.ended = True
-            elif self._in_call.pop(run, None) is not None:
+            waited = run.began_s is None
+            run.ended = waited
+            if self._in_call.pop(run, None) is not None:
                 self._threads -= 1
                 if self._due and not self._waiting and self._threads < self._limit:
                     self._start_thread()
+        if waited:
+            self._tell_ended(run)
 
     def starving(self, after_s: float) -> int | None:
         """How many threads there are, if each has been in one call for so long, and others have waited as long."""
@@ -134,6 +151,12 @@ class ThreadRunner:
             waits = any(due_s <= then_s and not run.ended for due_s, _, run in self._due)
             busy = len(self._in_call) >= self._limit and all(began_s <= then_s for began_s in self._in_call.values())
             return self._limit if waits and busy else None
+
+    def stands_still_s(self) -> float | None:
+        return 0.0  # a thread that stands still is seen by its call
+
+    def owns_this_thread(self) -> bool:
+        return threading.current_thread().name == HANDLER_THREAD
 
     def close(self) -> None:
         """Call nobody any more; threads end when their calls do."""
@@ -147,14 +170,19 @@ class ThreadRunner:
         self._changed.notify()
 
     def _start_thread(self) -> None:
-        self._threads += 1
-        threading.Thread(target=self._serve, name="leases-handler", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, name=HANDLER_THREAD, daemon=True).start()
+        except RuntimeError as error:  # no more to be had now: with the next run it is tried again
+            logger.warning("no thread for a handler: %s", error)
+        else:
+            self._threads += 1
 
     def _serve(self) -> None:
         while (run := self._next()) is not None:
             after_s = self._call(run)
             with self._changed:
                 run.began_s = None
+                self.returned += not (run.stopping or run.abandoned)
                 mine = self._in_call.pop(run, None) is not None
                 if run.abandoned or after_s is None or run.stopping or self._closed:
                     over, run.ended = not run.ended, True
@@ -181,8 +209,10 @@ class ThreadRunner:
                         self._start_thread()
                     return run
                 self._waiting += 1
-                self._changed.wait(left_s)
-                self._waiting -= 1
+                try:
+                    self._changed.wait(None if left_s is None else min(left_s, LONGEST_WAIT_S))
+                finally:
+                    self._waiting -= 1
             self._threads -= 1
             return None
 
@@ -197,123 +227,7 @@ class ThreadRunner:
                 raise TypeError("the handler returned an awaitable; write it as `async def`")
             return pause_s(answer, run.session.wrote > wrote, self._idle_s)
         except BaseException as error:  # noqa: BLE001  # also SystemExit: it ends this run, and no other
+            if os.getpid() != self._pid:  # a child that the handler has forked: nothing here is its own
+                os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
             run.error = error
             return None
-
-
-class TaskRunner:
-    """Runs an async handler's calls as tasks: on the loop of the caller's program, or on one of its own."""
-
-    def __init__(
-        self,
-        handler: Handler,
-        ended: Ended,
-        *,
-        wrap: Callable[[StreamSession], object],
-        calls: int | None,
-        idle_s: float,
-        loop: asyncio.AbstractEventLoop | None = None,
-        clock: Clock = monotonic,
-    ) -> None:
-        self._handler: Callable[[Any], Awaitable[object]] = handler
-        self._tell_ended = ended
-        self._wrap = wrap
-        self._calls = calls
-        self._idle_s = idle_s
-        self._clock = clock
-        self._turns = asyncio.Semaphore(calls) if calls is not None else None
-        self._in_call: dict[Run, float] = {}
-        self._thread: threading.Thread | None = None
-        if loop is None:
-            loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=loop.run_forever, name="leases-loop", daemon=True)
-            self._thread.start()
-        self._loop = loop
-
-    def begin(self, run: Run) -> None:
-        run.woken = asyncio.Event()
-        self._soon(lambda: self._start(run))
-
-    def stop(self, run: Run) -> None:
-        """End a run: now if it waits, else when its call has returned."""
-        if run.woken is not None:
-            self._soon(run.woken.set)
-
-    def abandon(self, run: Run) -> None:
-        """Cancel a run's call."""
-        run.abandoned = True
-
-        def cancel() -> None:
-            if run.task is not None:
-                run.task.cancel()
-
-        self._soon(cancel)
-
-    def starving(self, after_s: float) -> int | None:
-        """How many calls there may be, if each has lasted for so long."""
-        then_s = self._clock() - after_s
-        lasting = [began_s for began_s in list(self._in_call.values()) if began_s <= then_s]
-        return self._calls if self._calls is not None and len(lasting) >= self._calls else None
-
-    def close(self) -> None:
-        """Cancel what still runs; end the loop, if it is ours. One that is blocked is left alone."""
-        if self._thread is None:
-            return
-
-        async def end() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._loop.stop()
-
-        self._soon(lambda: setattr(self, "_end", self._loop.create_task(end())))
-        if self._thread is not threading.current_thread():
-            self._thread.join(1)
-            if not self._thread.is_alive():
-                self._loop.close()
-
-    def _soon(self, call: Callable[[], object]) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and with it all that ran on it
-            self._loop.call_soon_threadsafe(call)
-
-    def _start(self, run: Run) -> None:
-        assert run.woken is not None
-        run.task = self._loop.create_task(self._drive(run, run.woken), name=f"leases {run.session.stream_id}")
-
-    async def _drive(self, run: Run, woken: asyncio.Event) -> None:
-        given = self._wrap(run.session)
-        try:
-            while not (run.stopping or run.abandoned):
-                after_s = await self._call_in_turn(run, given)
-                if after_s > 0 and not run.stopping:
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(woken.wait(), after_s)
-                else:
-                    await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            pass  # abandoned, or the loop ends
-        except BaseException as error:  # noqa: BLE001  # it ends this run, and no other
-            run.error = error
-        finally:
-            run.began_s, run.ended = None, True
-            self._tell_ended(run)
-
-    async def _call_in_turn(self, run: Run, given: object) -> float:
-        if self._turns is None:
-            return await self._call(run, given)
-        async with self._turns:
-            return await self._call(run, given)
-
-    async def _call(self, run: Run, given: object) -> float:
-        if run.stopping:
-            return 0.0
-        wrote = run.session.wrote
-        run.began_s = self._in_call[run] = self._clock()
-        run.calls += 1
-        try:
-            answer = await self._handler(given)
-        finally:
-            run.began_s = None
-            del self._in_call[run]
-        return pause_s(answer, run.session.wrote > wrote, self._idle_s)

@@ -134,6 +134,7 @@ lease_workers = Table(
     Column("weight", Real, nullable=False, server_default=text("1.0")),
     Column("lease_count", Integer, nullable=False, server_default=text("0")),
     Column("beaten_at", Timestamp),
+    Column("incarnation", Identity),
     PrimaryKeyConstraint("worker_id", name="lease_workers_pkey"),
     CheckConstraint("state IN ('active', 'draining')", name="lease_workers_state"),
     postgresql_with={"fillfactor": 50},

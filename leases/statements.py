@@ -371,10 +371,21 @@ def release_all(dialect: str) -> ReturningUpdate[Any]:
     )
 
 
-RECOVER = (
-    update(leases).where(MINE, leases.c.failures > 0).values(failures=0, last_error=None).returning(leases.c.stream_id)
+_FAILED_HERE = (
+    select(leases.c.stream_id)
+    .where(MINE, leases.c.failures > 0)
+    .with_for_update(key_share=True, skip_locked=True, of=leases)
+    .cte("failed_here")
+    .prefix_with("MATERIALIZED", dialect=POSTGRESQL)
 )
-"""Forget the failures of a stream on which the work goes on well."""
+
+RECOVER = (
+    update(leases)
+    .where(one_of(leases.c.stream_id, select(_FAILED_HERE.c.stream_id).scalar_subquery()))
+    .values(failures=0, last_error=None)
+    .returning(leases.c.stream_id)
+)
+"""Forget the failures of a stream on which the work goes on well; not now, if somebody has locked its row."""
 
 
 # --- checkpoint --------------------------------------------------------------------------------------------------

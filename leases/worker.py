@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,9 +46,10 @@ from leases.line import Line
 from leases.model import DEFAULT_POOL, Happening, WorkerEvent
 from leases.planner import Discover, Planner, Terms
 from leases.registry import DEFAULT_TTL, SessionRegistry
-from leases.runner import Handler, TaskRunner, ThreadRunner, is_async
+from leases.runner import Handler, ThreadRunner, is_async
 from leases.session import StreamSession
 from leases.store import LeaseStore
+from leases.tasks import TaskRunner
 from leases.trust import monotonic
 
 logger = logging.getLogger("leases")
@@ -59,6 +61,9 @@ CLOSING_S = 5.0
 """How long, beyond the drain timeout, a worker tries to reach the database to release what it has."""
 
 MOST_RETRY_S = 5.0
+
+LOOK_EVERY_S = 0.5
+"""How often `run` looks whether draining takes too long."""
 
 SAME_SIGNAL_S = 1.0
 """A second signal ends a worker at once, if it comes later than this after the first."""
@@ -119,7 +124,7 @@ class Worker:
         self._failure: BaseException | None = None
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._give_up_at_s: float | None = None
+        self._stop_by_s = math.inf
         self.registry = SessionRegistry(
             self._store,
             owner=name,
@@ -204,6 +209,8 @@ class Worker:
                 self._store.run(lambda connection: operations.register(connection, streams, pool=pool))
             self._planner.runner = self._runner(loop)
             self.registry.start()
+            if self.registry.heart is not None:
+                self.registry.heart.watched.append(self._line)
             self._thread = threading.Thread(target=self._plan_on, name="leases-plan", daemon=True)
             self._thread.start()
             atexit.register(_stop_at_exit, WeakMethod(self._end_with_interpreter))
@@ -228,14 +235,25 @@ class Worker:
         With `drain` each handler finishes what it has in hand, within the drain timeout; else nothing is waited for:
         leases are released at once, and only the fence stops a handler that goes on.
         """
-        self._stop_asked = True
-        self._planner.drain(at_once=not drain)
-        if self._thread is None or threading.current_thread().name.startswith("leases-"):
+        self._ask_to_stop(at_once=not drain)
+        if self._thread is None or self._thread is threading.current_thread():
             return
-        self._thread.join((self._drain_s if drain else 0.0) + CLOSING_S)
+        if self._planner.runner.owns_this_thread():
+            return
+        self._thread.join(max(0.0, self._stop_by_s - monotonic()))
         if self._thread.is_alive():  # the database does not answer
             self._line.cut()
             self._thread.join(CLOSING_S)
+
+    def _ask_to_stop(self, *, at_once: bool) -> None:
+        self._stop_asked = True
+        stop_by_s = monotonic() + CLOSING_S + (0.0 if at_once else self._drain_s)
+        self._stop_by_s = min(self._stop_by_s, stop_by_s)
+        self._planner.drain(at_once=at_once)
+
+    def _overdue(self) -> bool:
+        """Whether it has been asked to stop, and takes longer than it may: then what is left is left to expire."""
+        return monotonic() >= self._stop_by_s
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait until it has stopped, for whatever reason; False if it has not within `timeout`."""
@@ -249,7 +267,9 @@ class Worker:
         self.start()
         with self._signals():
             try:
-                self._stopped.wait()
+                while not self._stopped.wait(LOOK_EVERY_S):
+                    if self._overdue():
+                        break
             finally:
                 self.stop()
         if self._failure is not None:
@@ -268,8 +288,7 @@ class Worker:
             again = self._stop_asked and not (heard_at_s and monotonic() - heard_at_s[0] < SAME_SIGNAL_S)
             heard_at_s.append(monotonic())
             logger.info("%s: %s", signal.Signals(number).name, "stopping at once" if again else "draining")
-            self._planner.drain(at_once=again)
-            self._stop_asked = True
+            self._ask_to_stop(at_once=again)
 
         before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -301,7 +320,9 @@ class Worker:
     def _plan_on(self) -> None:
         failures = 0
         try:
-            while not self._planner.done and not self._out_of_time():
+            while not self._planner.done and not self._overdue():
+                if self._planner.draining:  # by an operator, perhaps: then nobody has said until when
+                    self._stop_by_s = min(self._stop_by_s, monotonic() + self._drain_s + CLOSING_S)
                 self._woken.clear()
                 try:
                     pause_s = self._planner.tick()
@@ -320,15 +341,6 @@ class Worker:
             self._failure = error
         finally:
             self._close()
-
-    def _out_of_time(self) -> bool:
-        """Whether draining has taken so long that what is left must be left to expire."""
-        if not self._planner.draining:
-            return False
-        now_s = self.registry.now_s()
-        if self._give_up_at_s is None:
-            self._give_up_at_s = now_s + self._drain_s + CLOSING_S
-        return now_s >= self._give_up_at_s
 
     def _close(self) -> None:
         self._planner.runner.close()
@@ -364,7 +376,7 @@ class Worker:
             return
         try:
             self._on_event(event)
-        except Exception:
+        except BaseException:  # a listener's mistake, or its sys.exit(), must not end the worker
             logger.exception("on_event of %s failed", self.name)
 
 

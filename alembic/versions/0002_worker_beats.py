@@ -1,7 +1,7 @@
-"""When a worker was last heard of: `lease_workers.beaten_at`.
+"""When a worker was last heard of, and which process it is: `lease_workers.beaten_at`, `incarnation`.
 
-Its row's `expires_at` does not tell, since each worker has a TTL of its own. A heartbeat writes both; no index is on
-either.
+Its row's `expires_at` does not tell when, since each worker has a TTL of its own. A heartbeat writes both; no index is
+on either. Host and pid do not tell which: in a container every process has the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def upgrade() -> None:
     on_postgresql = op.get_bind().dialect.name == "postgresql"
     instant = postgresql.TIMESTAMP(timezone=True) if on_postgresql else sa.Text()
     op.add_column("lease_workers", sa.Column("beaten_at", instant))
+    op.add_column("lease_workers", sa.Column("incarnation", sa.Uuid() if on_postgresql else sa.Text()))
 
 
 def downgrade() -> None:
+    op.drop_column("lease_workers", "incarnation")
     op.drop_column("lease_workers", "beaten_at")

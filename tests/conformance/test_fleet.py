@@ -114,24 +114,27 @@ def test_a_worker_is_asked_to_drain_in_its_row(store: LeaseStore, clock: Clock) 
 
 
 def test_a_later_process_of_the_name_takes_nothing_over_from_the_row(store: LeaseStore, clock: Clock) -> None:
-    enlist(store, "me", capacity=5)
+    enlist(store, "me", capacity=5, incarnation=uuid4())
     store.drain("me")
     clock.advance(60)
-    store.enlist(Membership("me", "host", 8, "2", "default"), ttl=TTL)
+    # In a container the next process has the same host and pid.
+    store.enlist(Membership("me", "host", 7, "2", "default", incarnation=uuid4()), ttl=TTL)
     assert view(store).workers == [Peer("me")]
     (row,) = store.workers()
-    assert (row.pid, row.version, row.started_at, row.beaten_at) == (8, "2", clock.now(), clock.now())
+    assert (row.version, row.started_at, row.beaten_at) == ("2", clock.now(), clock.now())
 
 
 def test_a_live_namesake_is_told_apart_from_oneself(store: LeaseStore, clock: Clock) -> None:
-    enlist(store, "me")
+    mine, another = uuid4(), uuid4()
+    enlist(store, "me", incarnation=mine)
 
-    def namesake(pid: int) -> object:
-        return store.run(lambda connection: fleet.namesake(connection, Membership("me", "host", pid, "1")))
+    def namesake(incarnation: UUID) -> object:
+        member = Membership("me", "host", 7, "1", incarnation=incarnation)
+        return store.run(lambda connection: fleet.namesake(connection, member))
 
-    assert (namesake(7), namesake(8)) == (None, ("host", 7))
+    assert (namesake(mine), namesake(another)) == (None, ("host", 7))
     clock.advance(TTL.total_seconds())
-    assert namesake(8) is None
+    assert namesake(another) is None
 
 
 # --- strays --------------------------------------------------------------------------------------------------------

@@ -115,8 +115,16 @@ class Hand:
             self.runs.pop(run, None)
             self.member.planner.ended(run)
 
+    returned = 0
+
     def starving(self, after_s: float) -> int | None:
         return None
+
+    def stands_still_s(self) -> float | None:
+        return 0.0
+
+    def owns_this_thread(self) -> bool:
+        return False
 
     def close(self) -> None:
         self.runs.clear()

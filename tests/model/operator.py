@@ -195,7 +195,7 @@ class Table(Model):
         return [
             WorkerInfo(
                 name, p.worker.host, p.worker.pid, p.worker.version, p.started_at, p.expires_at, "active",
-                p.worker.pool, p.worker.capacity, p.worker.weight, p.lease_count, p.beaten_at, self.now,
+                p.worker.pool, p.worker.capacity, p.worker.weight, p.lease_count, p.beaten_at, None, self.now,
             )
             for name, p in sorted(self.workers.items())
         ]  # fmt: skip
