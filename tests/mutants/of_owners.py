@@ -162,8 +162,8 @@ OF_OWNERS = (
         (
             Edit(
                 STATEMENTS,
-                ".with_for_update(key_share=True, skip_locked=True, of=leases)",
-                ".with_for_update(key_share=True, of=leases)",
+                ".with_for_update(key_share=True, skip_locked=True, of=leases)\n        .lateral",
+                ".with_for_update(key_share=True, of=leases)\n        .lateral",
             ),
         ),
         ("tests/postgresql/test_heartbeat.py",),

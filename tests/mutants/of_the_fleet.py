@@ -80,8 +80,8 @@ OF_THE_FLEET = (
         (
             Edit(
                 PLANNER,
-                "run.stop_by_s = now_s + self._terms.drain_s",
-                "run.stop_by_s = now_s",
+                "            if run.stop_by_s is None:\n                run.stop_by_s = now_s + self._terms.drain_s",
+                "            if run.stop_by_s is None:\n                run.stop_by_s = now_s",
             ),
         ),
         ("tests/test_worker.py -k finish_what",),
