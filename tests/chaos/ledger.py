@@ -144,7 +144,10 @@ def read(connection: Connection, places: Mapping[int, int] | None) -> History:
     if places is None:
         rows = [tuple(row) for row in connection.execute(text(f"SELECT {columns} FROM chaos_ledger ORDER BY n"))]
     else:
-        found = connection.execute(text(f"SELECT xmin::text, n, {columns} FROM chaos_ledger"))
+        found = connection.execute(text(f"SELECT xmin::text, n, {columns} FROM chaos_ledger")).all()
+        lost = sorted({int(row.xmin) for row in found} - places.keys())
+        if lost:
+            raise RuntimeError(f"rows of transactions that the WAL has no COMMIT of: {lost}")
         ordered = sorted(((places[int(xmin)], n, *rest) for xmin, n, *rest in found), key=lambda row: row[:2])
         rows = [tuple(row[2:]) for row in ordered]
     event = lease_events.c

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from sqlalchemy import Connection, Engine, event, text, update
+from sqlalchemy import Connection, Engine, event, update
 
 from leases import administration, events
 from leases.model import LeaseInfo
@@ -19,18 +19,16 @@ from leases.statements import GRANTED
 VARIABLE = "LEASES_CHAOS_MUTANT"
 
 REWRITES = {
-    "not-durable": (
-        r"set_config\('synchronous_commit'[^)]*\)|set_config\(%\(\w+\)s, %\(\w+\)s, true\) AS durable",
-        "'x'",
-    ),
-    "revive": (r" AND leases\.expires_at > statement_timestamp\(\)(?= FOR NO KEY UPDATE| \s*FOR NO KEY)", ""),
+    "no-lock": (r" FOR KEY SHARE(?= OF leases|\))", ""),
+    "not-durable": (r"set_config\('synchronous_commit'[^)]*\)", "'on'"),
+    "revive": (r" AND leases\.expires_at > statement_timestamp\(\)(?=\s+FOR NO KEY UPDATE)", ""),
 }
 """Mutants of a statement's text."""
 
 MUTANTS = {
     "no-fence": "events.append does not fence",
     "no-bump": "steal and expire do not raise the token",
-    "no-index": "no unique index over stream and token: a grant does not wait for a fenced write",
+    "no-lock": "the fence looks, and locks nothing",
     "not-durable": "commits are as durable as the server's default",
     "revive": "a heartbeat extends what has expired",
 }
@@ -61,12 +59,6 @@ def break_product(name: str | None = None) -> None:
         _rewriting(name)
     elif name and name not in MUTANTS:
         raise ValueError(f"no mutant {name!r}; there are {', '.join(MUTANTS)}")
-
-
-def break_schema(connection: Connection, name: str) -> None:
-    """Break the tables, where that is what a mutant does."""
-    if name == "no-index":
-        connection.execute(text("ALTER TABLE leases DROP CONSTRAINT leases_fence"))
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Client:
     def say(self, word: str) -> None:
         """Give a worker's next call a word."""
         if self._process is not None and self._process.stdin is not None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # it is dead, or not there
                 self._process.stdin.write(word + "\n")
                 self._process.stdin.flush()
 

@@ -73,7 +73,6 @@ def _world(plan: Plan, directory: Path) -> Iterator[tuple[LeaseStore, Sequence[C
         store.migrate()
         with store.base_engine.begin() as connection:
             ledger.install(connection)
-            mutants.break_schema(connection, plan.mutant)
         store.register(stream_name(number) for number in range(plan.streams))
         roles = ["worker"] * plan.workers + ["operator"] * plan.operators
         clients = []
@@ -146,9 +145,15 @@ def _lives(
         late = ", ".join(client.name for client in workers if not client.ready or client.stopped)
         return [Violation("8 live", None, f"not at work {READY_S:g} s after the last fault: {late}")]
     streams = [stream_name(number) for number in range(plan.streams)]
-    for name in streams:
-        store.resume(name, actor="the harness")
-    store.register(streams)
+
+    def opened() -> bool:
+        for name in streams:
+            store.resume(name, actor="the harness")
+        store.register(streams)
+        return True
+
+    if not _until(opened, READY_S, nemesis):
+        return [Violation("8 live", None, f"no operator can resume a stream {READY_S:g} s after the last fault")]
     began_s = time.monotonic()
     if not _until(lambda: all(info.live for info in store.list()), 2 * plan.ttl_s, nemesis):
         idle = [f"{info.stream_id} ({info.state}, {info.owner})" for info in store.list() if not info.live]

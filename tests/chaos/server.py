@@ -6,6 +6,7 @@ import os
 import pwd
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ SETTINGS = {
 }
 
 COMMIT = re.compile(r"tx:\s+(\d+), .*desc: COMMIT (.*)$")
+OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"""
+
 SUBTRANSACTIONS = re.compile(r"subxacts:((?: \d+)+)")
 
 
@@ -77,10 +81,13 @@ class Postgres:
     def commits(self) -> dict[int, int]:
         """The transactions in the order of their COMMIT records in the WAL: transaction id -> place."""
         with self.connect() as connection:
-            # Whatever was committed before is in the WAL's file once a later commit is durable.
+            while any(connection.execute(OTHERS)):  # what a dead client has sent may still be at work
+                time.sleep(0.02)
+            # Whatever was committed before is in the WAL's file once a later commit is durable; one that wrote nothing
+            # would not be waited for.
             with connection.transaction():
                 connection.execute("SET LOCAL synchronous_commit = on")
-                connection.execute("SELECT pg_current_xact_id()")
+                connection.execute("SELECT pg_logical_emit_message(true, 'chaos', 'the end')")
             (end,) = connection.execute("SELECT pg_current_wal_flush_lsn()").fetchone() or ("",)
         command: list[str | Path] = [self._home / "bin" / "pg_waldump", "--path", self._data / "pg_wal"]
         command += ["--rmgr", "Transaction", "--start", self._begin, "--end", end]
