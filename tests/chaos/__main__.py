@@ -30,15 +30,22 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mutant", choices=mutants.MUTANTS, default=os.environ.get(mutants.VARIABLE, ""), help="break the product so"
     )
+    parser.add_argument("--faults", default="", help="only these, by the names of the nemesis's methods, with commas")
     return parser.parse_args(arguments)
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
     seconds = options.minutes * 60 + options.seconds or 45.0
     seed = options.seed if options.seed is not None else int(time.time()) % 100_000
-    if options.engine == "sqlite":
-        return Plan("sqlite", seconds, seed, options.ttl, workers=6, operators=2, mutant=options.mutant)
-    return Plan("postgresql", seconds, seed, options.ttl, mutant=options.mutant)
+    return Plan(
+        options.engine,
+        seconds,
+        seed,
+        options.ttl,
+        workers=6 if options.engine == "sqlite" else 5,
+        mutant=options.mutant,
+        faults=tuple(filter(None, options.faults.split(","))),
+    )
 
 
 def say(line: str) -> None:

@@ -7,7 +7,7 @@ import itertools
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from random import Random
 
@@ -23,7 +23,14 @@ Fault = Callable[[], None]
 class Nemesis:
     """What befalls the processes of a run; on PostgreSQL also their connections and the server."""
 
-    def __init__(self, clients: Sequence[Client], server: Postgres | None, seed: int, ttl_s: float) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        server: Postgres | None,
+        seed: int,
+        ttl_s: float,
+        only: Collection[str] = (),
+    ) -> None:
         self.faults: Counter[str] = Counter()
         self._clients = clients
         self._workers = [client for client in clients if client.is_worker]
@@ -39,7 +46,9 @@ class Nemesis:
                 self.copy: 4, self.partition: 4, self.half_partition: 4, self.partition_of_all: 1, self.drop: 3,
                 self.reset: 5, self.delay: 4, self.swallow: 8, self.kill_backend: 6, self.restart: 2, self.exhaust: 1,
             }  # fmt: skip
-        self._chances = chances
+        self._chances = {fault: chance for fault, chance in chances.items() if not only or fault.__name__ in only}
+        if not self._chances:
+            raise ValueError(f"no such fault; there are {', '.join(fault.__name__ for fault in chances)}")
 
     def tick(self) -> None:
         """End what is due, tend the processes, and perhaps begin a fault."""

@@ -39,11 +39,13 @@ class Plan:
     workers: int = 5
     operators: int = 2
     mutant: str = ""
+    faults: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
         before = f"{mutants.VARIABLE}={self.mutant} " if self.mutant else ""
-        return f"{before}python -m tests.chaos --engine {self.engine} --seconds {self.seconds:g} --seed {self.seed}"
+        command = f"{before}python -m tests.chaos --engine {self.engine} --seconds {self.seconds:g} --seed {self.seed}"
+        return command + (f" --faults {','.join(self.faults)}" if self.faults else "")
 
 
 @dataclass
@@ -74,6 +76,9 @@ def _world(plan: Plan, directory: Path) -> Iterator[tuple[LeaseStore, Sequence[C
         with store.base_engine.begin() as connection:
             ledger.install(connection)
         store.register(stream_name(number) for number in range(plan.streams))
+        if postgres is not None:
+            with postgres.connect() as own:
+                server.settle(own)
         roles = ["worker"] * plan.workers + ["operator"] * plan.operators
         clients = []
         for number, role in enumerate(roles):
@@ -92,7 +97,7 @@ def run(plan: Plan, say: Say) -> Outcome:
     outcome = Outcome(plan)
     try:
         with mutants.chosen(plan.mutant), _world(plan, directory) as (store, clients, postgres):
-            nemesis = Nemesis(clients, postgres, plan.seed, plan.ttl_s)
+            nemesis = Nemesis(clients, postgres, plan.seed, plan.ttl_s, plan.faults)
             outcome.faults = nemesis.faults
             _storm(plan, nemesis, say)
             nemesis.heal()

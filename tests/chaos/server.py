@@ -18,6 +18,7 @@ from tests import postgres
 SETTINGS = {
     "max_connections": "90",
     "synchronous_commit": "off",  # what the protocol needs to be durable, it has to make so by itself
+    "wal_writer_delay": "10s",  # what nobody waits for is lost in a crash, not only what is of the last moment
     "wal_keep_size": "20GB",  # the checker reads all of it
     "max_wal_size": "1GB",
     "log_min_messages": "fatal",
@@ -83,11 +84,7 @@ class Postgres:
         with self.connect() as connection:
             while any(connection.execute(OTHERS)):  # what a dead client has sent may still be at work
                 time.sleep(0.02)
-            # Whatever was committed before is in the WAL's file once a later commit is durable; one that wrote nothing
-            # would not be waited for.
-            with connection.transaction():
-                connection.execute("SET LOCAL synchronous_commit = on")
-                connection.execute("SELECT pg_logical_emit_message(true, 'chaos', 'the end')")
+            settle(connection)
             (end,) = connection.execute("SELECT pg_current_wal_flush_lsn()").fetchone() or ("",)
         command: list[str | Path] = [self._home / "bin" / "pg_waldump", "--path", self._data / "pg_wal"]
         command += ["--rmgr", "Transaction", "--start", self._begin, "--end", end]
@@ -111,6 +108,16 @@ class Postgres:
         if dump.returncode:
             raise RuntimeError(f"pg_waldump failed: {said}")
         return places
+
+
+def settle(connection: psycopg.Connection[tuple[str, ...]]) -> None:
+    """Make all that was committed durable: a commit that waits for the WAL's file waits for all before it.
+
+    It has to write something, or it would not wait.
+    """
+    with connection.transaction():
+        connection.execute("SET LOCAL synchronous_commit = on")
+        connection.execute("SELECT pg_logical_emit_message(true, 'chaos', 'settled')")
 
 
 @contextmanager
