@@ -126,8 +126,8 @@ class _Walk:
             yield "3 fenced", f"{line} was committed after the stream had come to token {stream.token}"
         if ask is None:
             yield "6 nothing twice", f"{line}: nobody asked for it"
-        elif stream.granted.get(entry.token) not in (None, ask.details["owner"]):
-            yield "3 fenced", f"{line} by {ask.details['owner']}, granted to {stream.granted[entry.token]}"
+        elif stream.granted.get(entry.token) != ask.details["owner"]:
+            yield "3 fenced", f"{line} by {ask.details['owner']}, granted to {stream.granted.get(entry.token)}"
         if entry.seq != stream.seq + 1:
             yield "6 seq without gaps", f"{line} has seq {entry.seq} after {stream.seq}"
         assert entry.event_id is not None

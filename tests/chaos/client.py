@@ -7,6 +7,7 @@ between its check and its write. On the nemesis's word (a line of stdin) the nex
     freeze    SIGSTOP to itself inside a fenced transaction
     copy      the same, inside COPY
     trickle   a statement now and then, until long after the lease that it fenced has ended
+    calm      what was said before and is not done yet, is not to be done
 """
 
 from __future__ import annotations
@@ -172,7 +173,12 @@ class Writer:
 
     def listen(self) -> None:
         for line in sys.stdin:
-            self.words.put(line.strip())
+            if line.strip() != "calm":
+                self.words.put(line.strip())
+                continue
+            with suppress(queue.Empty):
+                while True:
+                    self.words.get_nowait()
 
 
 def work(options: Options, recorder: Recorder) -> None:

@@ -70,6 +70,7 @@ class Nemesis:
         for client in self._clients:
             client.stopped_by_us = False
             client.signal(signal.SIGCONT)
+            client.say("calm")
             if client.link is not None:
                 client.link.heal()
 
