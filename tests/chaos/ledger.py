@@ -22,7 +22,7 @@ CHANGE, EVENT, CUT, REVIVED = "change", "event", "cut", "revived"
 class Entry:
     """One row, in commit order. A `change` is of a stream's owner or token; `was_live` says what the row was before.
 
-    `cut` says that somebody shortened a lease; `revived` that an expired one was extended, which must never be.
+    `cut` says that somebody shortened a lease; `revived` that an expired one became live again, which must never be.
     """
 
     kind: str
@@ -89,7 +89,7 @@ CREATE TRIGGER chaos_change AFTER UPDATE OF owner, fencing_token ON leases FOR E
 CREATE TRIGGER chaos_cut AFTER UPDATE OF expires_at ON leases FOR EACH ROW
     WHEN ({SAME} AND NEW.expires_at < OLD.expires_at) EXECUTE FUNCTION chaos_lease('cut');
 CREATE TRIGGER chaos_revived AFTER UPDATE OF expires_at ON leases FOR EACH ROW
-    WHEN ({SAME} AND NEW.expires_at > OLD.expires_at AND OLD.expires_at <= statement_timestamp())
+    WHEN ({SAME} AND OLD.expires_at <= statement_timestamp() AND NEW.expires_at > statement_timestamp())
     EXECUTE FUNCTION chaos_lease('revived');
 CREATE TRIGGER chaos_event AFTER INSERT ON lease_events FOR EACH ROW EXECUTE FUNCTION chaos_event();
 """
@@ -117,7 +117,7 @@ SQLITE = (
         "change", "owner, fencing_token", "OLD.owner IS NOT NEW.owner OR OLD.fencing_token <> NEW.fencing_token"
     ),
     _lease_sqlite("cut", "expires_at", f"{SAME} AND NEW.expires_at < OLD.expires_at"),
-    _lease_sqlite("revived", "expires_at", f"{SAME} AND NEW.expires_at > OLD.expires_at AND OLD.expires_at <= {CLOCK}"),
+    _lease_sqlite("revived", "expires_at", f"{SAME} AND OLD.expires_at <= {CLOCK} AND NEW.expires_at > {CLOCK}"),
     f"""
     CREATE TRIGGER chaos_event AFTER INSERT ON lease_events BEGIN
         INSERT INTO chaos_ledger ({COLUMNS}) VALUES (

@@ -41,7 +41,9 @@ class Nemesis:
         self._undo: list[tuple[float, int, Callable[[], object]]] = []
         self._next_s = time.monotonic() + ttl_s  # let the first of them come to work
         chances: dict[Fault, int] = {self.kill: 5, self.stop: 6, self.end: 2, self.freeze: 5, self.trickle: 3}
-        if server is not None:
+        if server is None:  # one file, one writer: whoever is frozen or slow in a transaction stops all the others
+            chances |= {self.freeze: 2, self.trickle: 1}
+        else:
             chances |= {
                 self.copy: 4, self.partition: 4, self.half_partition: 4, self.partition_of_all: 1, self.drop: 3,
                 self.reset: 5, self.delay: 4, self.swallow: 8, self.kill_backend: 6, self.restart: 2, self.exhaust: 1,

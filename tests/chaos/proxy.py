@@ -53,12 +53,20 @@ class Link:
         self._drops = False
         self._delay_s = 0.0
         self._swallows = 0
+        self._listener: asyncio.Server | None = None
         self.port = 0
         self.swallowed = 0
 
     async def listen(self) -> None:
-        listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = listener.sockets[0].getsockname()[1]
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        """Listen no more, and break what is open. On the loop's thread."""
+        if self._listener is not None:
+            self._listener.close()
+        for connection in list(self._open):
+            connection.reset()
 
     # --- faults ----------------------------------------------------------------------------------------------------
 
@@ -148,10 +156,12 @@ class Proxy:
         self._loop = loop
         self._server = server
         self._random = Random(seed)
+        self.links: list[Link] = []
 
     def link(self) -> Link:
         made = Link(self._loop, self._server, self._random)
         asyncio.run_coroutine_threadsafe(made.listen(), self._loop).result(10)
+        self.links.append(made)
         return made
 
 
@@ -162,14 +172,18 @@ def running(server: tuple[str, int], seed: int) -> Iterator[Proxy]:
     thread = threading.Thread(target=loop.run_forever, name="chaos-proxy", daemon=True)
     thread.start()
 
+    proxy = Proxy(loop, server, seed)
+
     async def end() -> None:
+        for link in proxy.links:
+            link.close()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     try:
-        yield Proxy(loop, server, seed)
+        yield proxy
     finally:
         asyncio.run_coroutine_threadsafe(end(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)

@@ -26,6 +26,9 @@ Say = Callable[[str], object]
 READY_S = 60.0
 """How long all processes may take to come to their work, after the last fault: that is the machine's doing."""
 
+WRITE_TTLS = 4
+"""How many TTLs every owner then has to write an event: one that trickles may have to come to its end first."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -170,9 +173,9 @@ def _lives(
     def written() -> bool:
         return all(position > counts[name] for name, position in _positions(store, streams).items())
 
-    if not _until(written, 2 * plan.ttl_s, nemesis):
+    if not _until(written, WRITE_TTLS * plan.ttl_s, nemesis):
         still = [name for name, position in _positions(store, streams).items() if position <= counts[name]]
-        return [Violation("8 live", None, f"no fenced write passed within 2 TTL on {', '.join(still)}")]
+        return [Violation("8 live", None, f"no fenced write passed within {WRITE_TTLS} TTL on {', '.join(still)}")]
     outcome.written_after_s = time.monotonic() - began_s
     return []
 
