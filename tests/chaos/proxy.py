@@ -18,6 +18,10 @@ from contextlib import contextmanager, suppress
 from random import Random
 
 UP, DOWN = "up", "down"
+
+COMMIT = b"COMMIT\0"
+"""The statement, not the end of BEGIN ISOLATION LEVEL READ COMMITTED."""
+
 NOW = struct.pack("ii", 1, 0)
 """SO_LINGER: a close sends a RST."""
 
@@ -135,7 +139,7 @@ class Link:
             if self._drops:
                 connection.spoilt = True
                 continue
-            if direction == UP and self._swallows and b"COMMIT" in piece:
+            if direction == UP and self._swallows and COMMIT in piece:
                 self._swallows -= 1
                 connection.swallow = True
             elif direction == DOWN and connection.swallow:
