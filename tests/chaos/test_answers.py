@@ -31,7 +31,7 @@ def far(postgresql_url: str, link: Link) -> Iterator[LeaseStore]:
     """A store on the other side of the link, that gives up soon."""
     before, _, database = postgresql_url.rpartition("/")
     url = f"{before.rpartition(':')[0]}:{link.port}/{database}"
-    with LeaseStore(url, retry_for=timedelta(seconds=0.5)) as store:
+    with LeaseStore(url, retry_for=timedelta(seconds=3)) as store:
         yield store
 
 

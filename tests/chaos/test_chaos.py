@@ -1,4 +1,4 @@
-"""A short run on each engine; and broken products, to show that a run sees what it is there to see."""
+"""A short run on each engine; and a broken product, to show that a run sees what it is there to see."""
 
 from __future__ import annotations
 
@@ -32,12 +32,10 @@ def test_no_promise_is_broken(engine: str) -> None:
         assert outcome.figures["answers of COMMIT swallowed"], outcome.figures
 
 
-@pytest.mark.parametrize(
-    ("mutant", "engine", "promise"), [("no-fence", "sqlite", "3 fenced"), ("no-bump", "sqlite", "1 monotonic")]
-)
-def test_a_broken_product_is_seen(mutant: str, engine: str, promise: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--engine", engine, "--seconds", "8", "--seed", "5", "--mutant", mutant, "--faults", "kill,stop"]
+def test_a_broken_product_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--engine", "sqlite", "--seconds", "8", "--seed", "5", "--mutant", "no-fence", "--faults", "kill,stop"]
     assert main(arguments) == 1
     said = capsys.readouterr().out
-    assert promise in said
-    assert f"{mutants.VARIABLE}={mutant} python -m tests.chaos --engine {engine} --seconds 8 --seed 5" in said
+    assert "3 fenced" in said
+    again = "python -m tests.chaos --engine sqlite --seconds 8 --seed 5 --faults kill,stop"
+    assert f"{mutants.VARIABLE}=no-fence {again}" in said
