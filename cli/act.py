@@ -101,8 +101,8 @@ def steal(
         if info.state in (State.PAUSED, State.RETIRED):  # the store would find out only after ending the lease
             undo = "resume" if info.state is State.PAUSED else "register"
             raise Failed(REFUSED, f"{stream!r} is {info.state}; run `leases {undo}` first")
-        _warn_of_a_stranger(store, to)
-        ask(yes, _describe(info), f"Give it to {to} for {duration(ttl)}, on {where(store)}?")
+        stranger = _stranger(store, to)
+        ask(yes, _describe(info), *stranger, f"Give it to {to} for {duration(ttl)}, on {where(store)}?")
         lease = store.steal(
             stream,
             to=to,
@@ -113,6 +113,8 @@ def steal(
             timeout=timeout,
             force=force,
         )
+    for warning in stranger if yes else ():
+        say(warning)
     if settings.json:
         before = {"previous_owner": info.owner, "previous_token": info.fencing_token}
         print_json({**as_object(lease), **before})
@@ -123,11 +125,12 @@ def steal(
         )
 
 
-def _warn_of_a_stranger(store: LeaseStore, name: str) -> None:
-    """Say so if nobody who is known to be alive has the name: a typing error, or an owner that is on no list."""
+def _stranger(store: LeaseStore, name: str) -> list[str]:
+    """A warning if nobody who is known to be alive has the name: a typing error, or an owner that is on no list."""
     alive = [info.worker_id for info in store.workers() if info.live]
-    if alive and name not in alive:
-        say(f"no live worker is called {name!r} (alive: {', '.join(alive[:5])}); if nobody is, the lease just expires")
+    if not alive or name in alive:
+        return []
+    return [f"no live worker is called {name!r} (alive: {', '.join(alive[:5])}); if nobody is, the lease just expires"]
 
 
 @click.command(

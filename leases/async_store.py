@@ -64,10 +64,10 @@ class AsyncLeaseStore:
     ) -> None:
         self.base_engine = database if isinstance(database, AsyncEngine) else create_async_engine(database)
         self.closes_engine = not isinstance(database, AsyncEngine)
+        self.retry_for = limits.duration("retry_for", retry_for)
         self.engine = AsyncEngine(own(self.base_engine.sync_engine, schema, retry_for))
         self.url = self.engine.url
         self.schema = schema
-        self.retry_for = limits.duration("retry_for", retry_for)
         self._tables = Tables(self.url, schema)
         self._looks: set[asyncio.Task[None]] = set()
         fork.tell(self)

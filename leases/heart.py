@@ -95,10 +95,11 @@ class Heart:
 
     def stop(self, *, dismiss: bool = True) -> None:
         """End the threads, and take the process off the list. Leases that are still kept expire by themselves."""
-        self._keeper.close()
+        if not self._keeper.inherited:
+            self._stopping.set()
+        self._keeper.close()  # and wakes the watch, which looks whether it is to end
         if self._keeper.inherited:
             return
-        self._stopping.set()
         self.line.wake()
         for thread in self._threads:
             if thread is not threading.current_thread():

@@ -83,10 +83,10 @@ class LeaseStore:
     ) -> None:
         self.base_engine = database if isinstance(database, Engine) else create_engine(database)
         self.closes_engine = not isinstance(database, Engine)
+        self.retry_for = limits.duration("retry_for", retry_for)
         self.engine = own(self.base_engine, schema, retry_for)
         self.url = self.engine.url
         self.schema = schema
-        self.retry_for = limits.duration("retry_for", retry_for)
         self._tables = Tables(self.url, schema)
         fork.tell(self)
 

@@ -414,9 +414,9 @@ def test_a_locked_worker_row_costs_no_lease(postgresql_url: str, clock: Clock) -
 
 
 def test_what_expired_in_a_live_workers_name_returns_to_the_fleet(registry: SessionRegistry, store: LeaseStore) -> None:
-    # An operator moved it here, and this process never knew: nobody else may claim a live owner's rows.
-    store.register(["stray"])
-    lease = store.steal("stray", to="me", ttl=timedelta(milliseconds=10), actor="operator")
+    # It was granted in this name, and this process never knew: nobody else may claim a live owner's rows.
+    lease = store.acquire("stray", owner="me", ttl=timedelta(milliseconds=10))
+    assert lease is not None
     assert wait_for(lambda: not store.get("stray").live)  # type: ignore[union-attr]
     assert store.claim(owner="other", ttl=TTL, limit=1) == []
     for _ in range(3):

@@ -196,7 +196,7 @@ def test_a_token_that_is_no_integer(token: str, leases: Leases) -> None:
         (("steal", "s", "--to", "w", "--yes", "--reason", "\udcff"), "surrogate"),
         (("pause", "s", "--actor", ""), "empty"),
         (("prune", "--yes"), "--older-than"),
-        (("prune", "--yes", "--older-than", "0"), "30d"),
+        (("prune", "--yes", "--older-than", "0"), "0d"),
         (("expire", "s", "--reason", "x", "--yes", "--timeout", "0"), "--timeout"),
         (("history", "s", "--at", "noon"), "14:02"),
         (("run", "s"), "COMMAND"),

@@ -205,7 +205,7 @@ MUTANTS: Sequence[Mutant] = (
         "append-append",
         "live",
         APPEND,
-        r"NOT \(EXISTS .*?offered\.event_id\)\)",
+        r"\(SELECT lease_events\.event_id .*?offered\.event_id\) IS NULL",
         "true",
     ),
     _sql(

@@ -120,7 +120,7 @@ def test_a_mutant_that_is_caught_is_told_with_the_command() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 caught" in done.stdout
-    assert "`python -m pytest -x -q --no-header -p no:cacheprovider tests/test_trust.py`" in done.stdout
+    assert "`python -m pytest -x -q --no-header -p no:cacheprovider -n 0 tests/test_trust.py`" in done.stdout
 
 
 def test_the_model_says_which_command_repeats_its_failure_and_it_does(tmp_path: Path) -> None:
