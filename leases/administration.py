@@ -24,7 +24,7 @@ from leases.errors import LeaseHeld, LeaseNotHeld
 from leases.model import JSON, Lease, LeaseInfo, Observed, Pruned
 from leases.operations import as_lease
 from leases.schema import lease_audit, lease_checkpoints, lease_events, lease_grants, lease_workers, leases
-from leases.statements import GRANTED
+from leases.statements import GRANTED, LIVE
 from leases.views import require
 
 PRUNE_BATCH = 10_000
@@ -75,7 +75,8 @@ def end_now(
     if must_be_open:
         _require_open(info)
     if info.live:
-        connection.execute(update(leases).where(leases.c.stream_id == stream_id).values(expires_at=now()))
+        # Not one that has expired meanwhile: its end would move.
+        connection.execute(update(leases).where(leases.c.stream_id == stream_id, LIVE).values(expires_at=now()))
     return Observed(stream_id, info.owner, info.fencing_token, info.live)
 
 

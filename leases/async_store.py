@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
-from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown
+from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
@@ -127,8 +127,10 @@ class AsyncLeaseStore:
                     except OutcomeUnknown as error:
                         unknown = error
                         raise
-        except LeaseNotHeld:
-            if unknown is not None:  # this try was refused, but an earlier one may have been accepted
+        except (LeaseNotHeld, StoreUnavailable):
+            if (
+                unknown is not None
+            ):  # this try was refused, or came to nothing; but an earlier one may have been accepted
                 raise unknown from None
             raise
         raise AssertionError("tenacity returns or raises")

@@ -53,7 +53,6 @@ def test_a_lost_answer_is_asked_for_again(far: LeaseStore, link: Link) -> None:
     assert appended.duplicates == ("e",)
 
 
-@pytest.mark.xfail(reason="the last try's StoreUnavailable hides the first one's OutcomeUnknown", strict=True)
 def test_a_lost_answer_is_unknown_although_the_last_try_could_not_connect(
     far: LeaseStore, link: Link, postgresql_url: str
 ) -> None:

@@ -51,8 +51,8 @@ OF_THE_REST = (
         (
             Edit(
                 ADMINISTRATION,
-                "    if info.live:\n        connection.execute(update(leases)",
-                "    if False:\n        connection.execute(update(leases)",
+                "    if info.live:\n        # Not one",
+                "    if False:\n        # Not one",
             ),
         ),
         ("model", "tests/postgresql/test_takeover.py"),
@@ -188,7 +188,7 @@ OF_THE_REST = (
     Mutant(
         "unknown-outcome-guessed",
         "a refusal of the second try is told as the truth, although the first may have been accepted",
-        (Edit("leases/store.py", "            if unknown is not None:  # this", "            if False:  # this"),),
+        (Edit("leases/store.py", "            if unknown is not None:", "            if False:"),),
         ("model", "tests/test_store.py"),
     ),
     Mutant(
