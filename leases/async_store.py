@@ -128,9 +128,8 @@ class AsyncLeaseStore:
                         unknown = error
                         raise
         except (LeaseNotHeld, StoreUnavailable):
-            if (
-                unknown is not None
-            ):  # this try was refused, or came to nothing; but an earlier one may have been accepted
+            # This try was refused, or came to nothing; but an earlier one may have been accepted.
+            if unknown is not None:
                 raise unknown from None
             raise
         raise AssertionError("tenacity returns or raises")
