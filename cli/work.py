@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import queue
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ TOLD = {
 
 COUNT_EVERY_S = 1.0
 WAITED_LONG_S = 5.0
+LAST_WORDS_S = 2.0
+MOST_IN_LINE = 10_000
 
 
 @click.command(
@@ -132,7 +136,7 @@ def _load(reference: str) -> Callable[[Any], Any]:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise Failed(USAGE, f"there is no module {module_name!r} here ({os.getcwd()}), nor installed") from None
         raise Failed(USAGE, f"the module {module_name!r} needs {error.name!r}, which is not installed") from None
-    except Exception as error:  # noqa: BLE001  # whatever the module does
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever the module does
         raise Failed(USAGE, f"the module {module_name!r} cannot be imported: {_where(error)}") from None
     for part in path.split("."):
         if not hasattr(found, part):
@@ -153,6 +157,8 @@ def _where(error: BaseException) -> str:
 def _streams(name: str) -> Sequence[str]:
     """Read stream_ids from a file, or from stdin, one a line."""
     try:
+        if name == "-" and sys.stdin is None:
+            raise Failed(USAGE, "stdin is closed; name a file in --streams")
         text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         lines = text.decode().splitlines()
     except OSError as error:
@@ -181,10 +187,10 @@ class _Told:
         self._quiet = quiet
         self._since: Counter[Happening] = Counter()
         self._held = False
-        self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._events: queue.Queue[tuple[float, WorkerEvent] | None] = queue.Queue(MOST_IN_LINE)
+        self._dropped = 0
         self._worker: Worker | None = None
-        self._printer = threading.Thread(target=self._count_on, name="leases-counts", daemon=True)
+        self._printer = threading.Thread(target=self._print_on, name="leases-printer", daemon=True)
 
     def counting(self, worker: Worker) -> _Told:
         self._worker = worker
@@ -193,19 +199,51 @@ class _Told:
     def __enter__(self) -> None:
         self._printer.start()
 
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._printer.join()
-        self._count()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(queue.Full):
+            self._events.put_nowait(None)
+        self._printer.join(LAST_WORDS_S)
+        if self._printer.is_alive():  # it waits for a reader who does not read; so would the interpreter, for ever
+            os._exit(0 if kind is None else 1)
 
     def hear(self, event: WorkerEvent) -> None:
+        """Hear of an event, on whatever thread: it is only put in line, since who reads us may have stopped to read."""
+        try:
+            self._events.put_nowait((time.time(), event))
+        except queue.Full:
+            self._dropped += 1
+
+    def _print_on(self) -> None:
+        """Print what is in line, until the worker has ended and all is told."""
+        waited_since_s = time.monotonic()
+        while True:
+            try:
+                told = self._events.get(timeout=COUNT_EVERY_S)
+            except queue.Empty:
+                self._count()
+                late = time.monotonic() - waited_since_s > WAITED_LONG_S
+                if late and self._worker is not None and not (self._held or self._quiet or self._json):
+                    waited_since_s = float("inf")
+                    pool = self._worker.registry.pool
+                    say(f"holds no stream yet: none is free in pool {pool!r}; `leases list` shows all")
+                continue
+            if told is None:
+                return
+            try:
+                self._print(*told)
+            except OSError:  # whoever read us has gone; the worker works on
+                return
+
+    def _print(self, at_s: float, event: WorkerEvent) -> None:
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            say(f"{plural(dropped, 'event')} not shown: nobody read fast enough")
         if self._json:
             if event.happening is not Happening.RENEWED:
-                print_json({"at_s": round(time.time(), 3), **as_object(event)})
+                print_json({"at_s": round(at_s, 3), **as_object(event)})
             return
-        with self._lock:
-            self._since[event.happening] += event.count
-            self._held |= event.happening is Happening.GRANTED
+        self._since[event.happening] += event.count
+        self._held |= event.happening is Happening.GRANTED
         if event.happening is Happening.STARTED and not self._quiet and self._worker is not None:
             say(f"{event.owner} works on pool {self._worker.registry.pool!r}; INT or TERM drains it")
         line = TOLD.get(event.happening)
@@ -215,20 +253,8 @@ class _Told:
             self._count()
             say(f"{event.owner} has ended")
 
-    def _count_on(self) -> None:
-        waited_s = 0.0
-        while not self._over.wait(COUNT_EVERY_S):
-            self._count()
-            waited_s += COUNT_EVERY_S
-            if waited_s == WAITED_LONG_S and self._worker is not None and not (self._held or self._quiet or self._json):
-                say(
-                    f"holds no stream yet: none is free in pool {self._worker.registry.pool!r}; `leases list` shows all"
-                )
-
     def _count(self) -> None:
-        with self._lock:
-            counts = self._since
-            self._since = Counter()
+        counts, self._since = self._since, Counter()
         granted, released, shed = (counts[each] for each in (Happening.GRANTED, Happening.RELEASED, Happening.SHED))
         if self._quiet or self._json or self._worker is None or not (granted or released):
             return

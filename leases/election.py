@@ -229,10 +229,14 @@ class LeaderElection:
             if leadership.loss is None:
                 worker.join()  # never release while the work still runs
             self._leadership = None
-            leadership.close()
-        finally:
-            self._leadership = None
             _call(on_stopped_leading)
+            worker.join()  # nor lead again while it does
+            leadership.close()
+        except BaseException:  # Ctrl-C: the work may still run, so that nobody may be let in yet
+            self._leadership = None
+            leadership.stop()
+            self._registry.keeper.lose(leadership.lease, Loss.OVERDUE)  # not extended any more, it expires
+            raise
         if failed:
             raise failed[0]
 

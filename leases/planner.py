@@ -396,6 +396,11 @@ class Planner:
         still_s = self.runner.stands_still_s()
         if still_s is None:
             logger.error("the event loop of the handlers of %s has ended: it drains", self.registry.owner)
+            with self._lock:
+                runs = list(self._runs.values())
+            for run in runs:  # nothing runs there any more, and nothing will be told of it
+                run.ended = True
+                self.ended(run)
             self.drain()
             return
         held = self.registry.keeper.held
