@@ -23,7 +23,7 @@ from tests.model.world import World
 
 ROOT = Path(__file__).parents[2]
 
-STEPS = 100_000
+STEPS = 80_000
 PROCESSES = 2
 STEPS_ON_POSTGRESQL = 1_500
 PATIENCE_S = 600
