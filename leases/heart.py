@@ -108,7 +108,7 @@ class Heart:
                 thread.join(1)
         hangs = any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads)
         with suppress(LeasesError):  # its row expires by itself
-            if dismiss and self._keeper.enlisted and not hangs:
+            if dismiss and self._threads and not hangs:  # also where no beat has told yet that it is enlisted
                 self.line.run(self._dismiss)
         if not hangs:
             self.line.close()

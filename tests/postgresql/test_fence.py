@@ -71,7 +71,7 @@ def test_a_writer_that_trickles_statements_is_thrown_out_too(
                     writes.set()
                     connection.execute(text("SELECT pg_sleep(0.02)"))
         except DBAPIError as error:
-            return sqlstate(error)
+            return sqlstate(error) or str(error)
 
     writer = Background(trickle)
     assert writes.wait(PATIENCE_S)
