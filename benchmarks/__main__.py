@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,16 +46,16 @@ def main(
         for written in write(Run.load(run_file), Path("docs")):
             console.print(f"wrote {written}")
         return
-    run = perform(console, only or list(WORKLOADS), names or list(CONTESTANTS), quick, rounds)
+    for run in perform(console, only or list(WORKLOADS), names or list(CONTESTANTS), quick, rounds):
+        if file is not None:
+            run.save(file)  # after each case: a long run that is ended keeps what it has
     show(run, console)
-    if file is not None:
-        run.save(file)
 
 
 def perform(
-    console: Console, workloads: Sequence[str], names: Sequence[str], quick: bool, rounds: int | None = None
-) -> Run:
-    """Run what is asked for."""
+    console: Console, workloads: Sequence[str], names: Sequence[str], quick: bool, rounds: int | None
+) -> Iterator[Run]:
+    """Run what is asked for; yield the run so far, at its beginning and after each case."""
     chosen = [case for case in cases(quick, rounds) if case.workload in workloads]
     bar = Progress(
         BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
@@ -63,24 +64,24 @@ def perform(
     with Servers() as servers, bar:
         task = bar.add_task("the servers start", total=len(chosen))
         present, entrants = measure.start([CONTESTANTS[name] for name in CONTESTANTS if name in names], servers)
-        measured = []
+        run = Run(
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=__version__,
+            machine={
+                "cores": str(os.cpu_count()),
+                "system": f"{platform.system()} {platform.machine()}",
+                "python": platform.python_version(),
+            },
+            quick=quick,
+            entrants=tuple(entrants),
+        )
+        yield run
         for case in chosen:
-            measured.append(measure.measure(case, present, lambda what: bar.update(task, description=what)))
+            measured = measure.measure(case, present, lambda what: bar.update(task, description=what))
+            complaints = sorted({line for contestant in present for line in contestant.complaints()})
+            run = replace(run, measured=(*run.measured, measured), complaints=tuple(complaints))
             bar.advance(task)
-        complaints = {line for contestant in present for line in contestant.complaints()}
-    return Run(
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-        machine={
-            "cores": str(os.cpu_count()),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-        },
-        quick=quick,
-        entrants=tuple(entrants),
-        measured=tuple(measured),
-        complaints=tuple(sorted(complaints)),
-    )
+            yield run
 
 
 if __name__ == "__main__":

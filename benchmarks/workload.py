@@ -36,6 +36,11 @@ class Case:
     open: Callable[[Contestant], AbstractContextManager[Round]]
 
     @property
+    def warms_up(self) -> bool:
+        """Whether its first round, of statements that nobody has prepared yet, would tell less than the others."""
+        return self.workload not in ("takeover", "memory")
+
+    @property
     def more_is_better(self) -> bool:
         return self.unit.endswith("/s")
 

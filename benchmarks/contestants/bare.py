@@ -48,12 +48,15 @@ REOWN = f"""
     {_GRANT}
 """
 
+# Row by row, as leases does it: as a plain join a plan made before the first ANALYZE takes the index on owner, and
+# compares all of its rows with all that are asked. A slow floor would flatter.
 RENEW = """
     WITH asked AS (SELECT * FROM unnest(%(streams)s::text[], %(tokens)s::bigint[]) AS asked (stream_id, token)),
     locked AS MATERIALIZED (
-        SELECT l.stream_id FROM asked JOIN leases l ON l.stream_id = asked.stream_id AND l.fencing_token = asked.token
-        WHERE l.owner = %(owner)s AND l.expires_at > statement_timestamp()
-        ORDER BY l.stream_id FOR NO KEY UPDATE OF l SKIP LOCKED)
+        SELECT found.stream_id FROM asked CROSS JOIN LATERAL (
+            SELECT stream_id FROM leases WHERE stream_id = asked.stream_id AND fencing_token = asked.token
+            AND coalesce(owner, '') = %(owner)s AND expires_at > statement_timestamp()
+            FOR NO KEY UPDATE SKIP LOCKED) AS found)
     UPDATE leases SET expires_at = statement_timestamp() + make_interval(secs => %(ttl)s)
     FROM locked WHERE leases.stream_id = locked.stream_id
 """
@@ -64,9 +67,13 @@ RELEASE = """
 """
 
 LET_GO = """
+    WITH asked AS (SELECT * FROM unnest(%(streams)s::text[], %(tokens)s::bigint[]) AS asked (stream_id, token)),
+    locked AS MATERIALIZED (
+        SELECT found.stream_id FROM asked CROSS JOIN LATERAL (
+            SELECT stream_id FROM leases WHERE stream_id = asked.stream_id AND fencing_token = asked.token
+            AND coalesce(owner, '') = %(owner)s FOR NO KEY UPDATE) AS found)
     UPDATE leases SET owner = NULL, expires_at = NULL, available_at = statement_timestamp()
-    FROM unnest(%(streams)s::text[], %(tokens)s::bigint[]) AS asked (stream_id, token)
-    WHERE leases.stream_id = asked.stream_id AND fencing_token = asked.token AND owner = %(owner)s
+    FROM locked WHERE leases.stream_id = locked.stream_id
 """
 
 APPEND_ONE = """

@@ -115,7 +115,11 @@ class Redlock(Contestant):
     name = "pottery"
     title = "pottery Redlock, 3 Redis"
     durability = "memory"
-    not_for: ClassVar[Mapping[str, str]] = {**AT_ITS_DEFAULT, "fenced": UNFENCED}
+    not_for: ClassVar[Mapping[str, str]] = {
+        **AT_ITS_DEFAULT,
+        "heartbeat 100,000 leases": "minutes for each round; see its rate at 10,000",
+        "fenced": UNFENCED,
+    }
 
     def start(self, servers: Servers) -> None:
         needed("redis", "redis")
