@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,7 +32,7 @@ from leases import __version__
 )  # fmt: skip
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
 @click.option("--quick", is_flag=True, help="Small and short: to see that it works, not how fast.")
-@click.option("--rounds", type=click.IntRange(1), help="So many rounds of each case, in place of its own number.")
+@click.option("--rounds", type=click.IntRange(1), help="At most so many rounds of each case.")
 @click.option(
     "--docs", "run_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing: write docs/performance.md and its charts from this JSON file.",
@@ -39,6 +41,7 @@ def main(
     only: Sequence[str], names: Sequence[str], file: Path | None, quick: bool, rounds: int | None, run_file: Path | None
 ) -> None:
     """Measure leases beside the alternatives, on the same work, in one run."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out the servers are stopped
     console = Console()
     if run_file is not None:
         from benchmarks.page import write  # matplotlib is slow to load

@@ -16,8 +16,8 @@ NOTES = {
     "by revoking its lease; for ZooKeeper and advisory locks there is nothing to renew.",
     "cycle": "Each client is a process of its own. A cycle of leases and the floor is two durable commits.",
     "heartbeat": "All in one statement for leases and the floor; one lock after the other for Redis.",
-    "herd": "leases and the floor take 250 at a time; peers have no list of what is free, so that each of their "
-    "processes tries every lock, each beginning elsewhere.",
+    "herd": "leases and the floor take 250 at a time, of all that is left. Peers have no list of what is free: each of "
+    "their processes is told its share, and tries no other lock, which flatters them.",
     "takeover": "The owner is killed right after a heartbeat (or a grant, where there are no heartbeats), which is "
     "the worst moment; the heir looks every second. With leases' default TTL, and the peers' own.",
     "fenced": "One transaction after the other on one connection. leases checks the token, gives out the next numbers "

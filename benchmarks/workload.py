@@ -132,10 +132,8 @@ def heartbeat(contestant: Contestant, count: int) -> Iterator[Round]:
 # --- herd --------------------------------------------------------------------------------------------------------
 
 
-def reown(client: Client, names: Sequence[str], batch: int, place: float) -> int:
-    """Each begins elsewhere, as workers that try one stream after the other had better do."""
-    first = int(len(names) * place)
-    return client.reown([*names[first:], *names[:first]], batch)
+def reown(client: Client, names: Sequence[str], share: Sequence[str], batch: int) -> int:
+    return client.reown(names, share, batch)
 
 
 @contextmanager
@@ -146,7 +144,7 @@ def herd(contestant: Contestant, count: int, clients: int, batch: int) -> Iterat
 
         def once() -> float:
             contestant.abandon(names)
-            done = crew.do(reown, [(names, batch, n / clients) for n in range(clients)])
+            done = crew.do(reown, [(names, names[n::clients], batch) for n in range(clients)])
             assert sum(done.answers) == count, f"{sum(done.answers)} of {count} were owned anew"
             return count / done.elapsed_s
 
@@ -258,8 +256,8 @@ def memory(contestant: Contestant, count: int) -> Iterator[Round]:
 
 
 def cases(quick: bool, asked: int | None = None) -> list[Case]:
-    """Every case; when `quick`, each small enough to see only that it works; with so many rounds as are asked for."""
-    return [replace(case, rounds=asked) if asked else case for case in _cases(quick)]
+    """Every case, in at most so many rounds as are asked for; when `quick`, each only to see that it works."""
+    return [replace(case, rounds=min(case.rounds, asked or case.rounds)) for case in _cases(quick)]
 
 
 def _cases(quick: bool) -> list[Case]:
@@ -285,7 +283,7 @@ def _cases(quick: bool) -> list[Case]:
             Case("takeover", f"ttl {ttl_s} s", "s", 1 if quick else 3, partial(takeover, ttl_s=ttl_s, poll_s=POLL_S))
         )
     if not quick:
-        result.append(Case("takeover", "default", "s", 2, partial(takeover, ttl_s=None, poll_s=POLL_S)))
+        result.append(Case("takeover", "default", "s", 1, partial(takeover, ttl_s=None, poll_s=POLL_S)))
     for batch in (1, 100):
         variant = f"{batch} event{'s' if batch > 1 else ''} a transaction"
         result.append(Case("fenced", variant, "events/s", rounds, partial(fenced, batch=batch, seconds=seconds)))

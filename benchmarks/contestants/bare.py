@@ -134,7 +134,7 @@ class BareClient(Client):
             payloads = [Jsonb(payload) for payload in events.values()]
             self.connection.execute(APPEND, {**values, "events": list(events), "payloads": payloads})
 
-    def reown(self, streams: Sequence[str], batch: int) -> int:
+    def reown(self, streams: Sequence[str], share: Sequence[str], batch: int) -> int:
         count = 0
         while taken := self._granted(REOWN, pool=pool_of(streams), limit=batch):
             count += len(taken)

@@ -48,7 +48,7 @@ class LeasesClient(Client):
     def write(self, grant: Lease, events: Mapping[str, Any]) -> None:
         assert self.log.append(grant, events).count == len(events)
 
-    def reown(self, streams: Sequence[str], batch: int) -> int:
+    def reown(self, streams: Sequence[str], share: Sequence[str], batch: int) -> int:
         count = 0
         while taken := self.store.claim(owner=self.owner, ttl=self.ttl, limit=batch, pool=pool_of(streams)):
             count += len(taken)
