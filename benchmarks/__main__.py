@@ -74,6 +74,7 @@ def perform(
                 "cores": str(os.cpu_count()),
                 "system": f"{platform.system()} {platform.machine()}",
                 "python": platform.python_version(),
+                "load": f"{os.getloadavg()[0]:.1f}",  # of others: ours has not begun
             },
             quick=quick,
             entrants=tuple(entrants),

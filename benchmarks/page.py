@@ -54,6 +54,12 @@ def lines(run: Run) -> Iterator[str]:
         "the quartiles of the rounds, or the lowest and the highest of fewer than four; `speed` is the median of the "
         "ratios within each round, to leases on PostgreSQL."
     )
+    if float(run.machine.get("load", 0)) > 0.5:
+        yield ""
+        yield (
+            f"**Other programs were busy on the machine** (load {run.machine['load']} when the run began): the "
+            "ratios hold, the figures themselves are too slow."
+        )
     if run.quick:
         yield ""
         yield "**From a quick run: this shows that it works, and not how fast.**"
