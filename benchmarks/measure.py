@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -91,5 +92,10 @@ def measure(case: Case, contestants: Sequence[Contestant], progress: Progress) -
 
 
 def _last_line(error: Exception) -> str:
+    """What it said last, without the paths of this machine: it is printed in the page."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()}"[:300] if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {re.sub(r'/[^ ]*/', '…/', lines[-1].strip())}"[:300]
+        if lines
+        else type(error).__name__
+    )
