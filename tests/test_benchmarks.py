@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import main
+from benchmarks.contestant import Contestant
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.measure import measure
 from benchmarks.page import lines
 from benchmarks.reach import aims
 from benchmarks.result import Figure, Measured, Run
+from benchmarks.workload import Case
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +94,23 @@ def test_a_contestant_that_cannot_be_started_is_named(monkeypatch: pytest.Monkey
         run
     )
     assert etcd.absent == "there is no etcd on PATH (apt-get install etcd-server)"
+
+
+def test_a_contestant_that_fails_in_a_round_is_told_of_and_ends_nobody_elses() -> None:
+    @contextmanager
+    def opened(contestant: Contestant) -> Iterator[Callable[[], float]]:
+        def once() -> float:
+            if contestant.name == "redis":
+                raise RuntimeError("it is gone")
+            return 1.0
+
+        yield once
+
+    case = Case("cycle", "1 client", "cycles/s", 3, opened)
+    present = [CONTESTANTS[name]() for name in ("redis", "bare")]
+    redis, bare = measure(case, present, lambda _: None).figures
+    assert (redis.rounds, redis.none, redis.failed) == ((), "failed: RuntimeError: it is gone", True)
+    assert (bare.rounds, bare.none, bare.failed) == ((1.0, 1.0, 1.0), None, False)
 
 
 def test_every_contestant_says_why_it_stays_away() -> None:
