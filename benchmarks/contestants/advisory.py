@@ -1,0 +1,70 @@
+"""PostgreSQL's advisory locks, by sqlalchemy-dlock: locks of a session, in the server's memory, gone with it.
+
+The connection is the heartbeat. There is no expiry, so that a frozen owner keeps its locks, and no fencing token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
+from benchmarks.contestant import AT_ITS_DEFAULT, Client, Contestant, Opener, needed
+from benchmarks.servers import Servers
+
+
+class AdvisoryClient(Client):
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.lock = needed("sqlalchemy_dlock", "sqlalchemy-dlock").create_sadlock
+        self.engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        self.connection = self.engine.connect()
+
+    def take(self, streams: Sequence[str]) -> list[Any]:
+        held = [self.acquire(stream) for stream in streams]
+        assert None not in held
+        return held
+
+    def renew(self, held: list[Any]) -> None:
+        """Nothing to do: the locks last as long as the connection."""
+
+    def let_go(self, held: list[Any]) -> None:
+        for lock in held:
+            lock.release()
+
+    def acquire(self, stream: str) -> Any:
+        lock = self.lock(self.connection, stream)
+        return lock if lock.acquire(block=False) else None
+
+    def release(self, grant: Any) -> None:
+        grant.release()
+
+    def close(self) -> None:
+        self.connection.close()
+        self.engine.dispose()
+
+
+class Advisory(Contestant):
+    name = "advisory"
+    title = "advisory lock (sqlalchemy-dlock)"
+    durability = "memory: gone with its connection"
+    not_for: ClassVar[Mapping[str, str]] = {
+        **AT_ITS_DEFAULT,
+        "heartbeat": "its connection keeps all locks, and there is no expiry",
+        "herd": "its locks do not expire: they are gone with their owner's connection",
+        "fenced": "it has no fencing token",
+    }
+
+    def start(self, servers: Servers) -> None:
+        needed("sqlalchemy_dlock", "sqlalchemy-dlock")
+        self.server = servers.postgresql.version
+        self.url = servers.postgresql.database("advisory_bench").render_as_string(hide_password=False)
+
+    def opener(self, ttl_s: float | None = None) -> Opener:
+        return partial(AdvisoryClient, self.url)
+
+    def abandon(self, streams: Sequence[str]) -> None:
+        """Nothing is left behind: its locks are gone with their owner's connection."""
