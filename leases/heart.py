@@ -78,9 +78,9 @@ class Heart:
                 threading.Thread(target=target, name=f"leases-{name}", daemon=True)
                 for name, target in (("beat", self._beat_on), ("watch", self._watch_on))
             )
+            self._threads = threads  # first: a signal may end this thread's work at any line
             for thread in threads:
                 thread.start()
-            self._threads = threads
             return True
 
     @property
@@ -102,7 +102,7 @@ class Heart:
             return
         self.line.wake()
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(min(self._keeper.window.interval_s, CLOSING_S))
                 self.line.cut()  # the watch, which would have done so, may have ended first
                 thread.join(1)
