@@ -35,7 +35,7 @@ def disturb(world: World, check: Check) -> None:
             world.crash(member)
         case "freeze" if len(awake) > 30:
             world.freeze(member, dice.choice([2, 8, 14, 15, 16, 17]))
-        case "join" if len(world.members) < 60:
+        case "join" if len(world.members) < 50:
             world.join(weight=1.0)
         case "drain" if len(awake) > 30:
             world.store.drain(member.name)
@@ -80,6 +80,6 @@ def test_fifty_workers_keep_every_promise_for_a_thousand_rounds(world: World) ->
             check.balanced()
             assert check.count_grants() == 0, "leases move though nothing happens"
     check.whole()
-    assert world.happened["write"] > 3_000
+    assert world.happened["write"] > 1_500
     for what in ("crash", "freeze", "drain", "steal", "expire", "refused"):
         assert world.happened[what] >= 5, f"{what} hardly happened: {world.happened}"

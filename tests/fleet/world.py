@@ -31,7 +31,7 @@ from leases.transaction import R
 from tests.clock import START
 
 ROUND_S = 1.0
-POLL_S = 2.5
+POLL_S = 3.0
 TTL = timedelta(seconds=15)
 BEAT_S = 5.0
 
@@ -269,7 +269,7 @@ class World:
                 run.began_s = None
                 if run.stopping or run.abandoned:
                     member.hand.end(run)
-        if runs and self.random.random() < 0.1:
+        if runs and self.random.random() < 0.05:
             run = self.random.choice(runs)
             if run.began_s is None and not run.stopping:
                 run.began_s = self.time.now_s
