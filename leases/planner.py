@@ -158,9 +158,11 @@ class Planner:
 
     def ended(self, run: Run) -> None:
         """Hear from the runner that a session's work has ended."""
+        next_ones: list[Run] = []
         with self._lock:
-            self._lingering.discard(run)
-            next_ones = [each for each in self._runs.values() if each.after is run]
+            if run in self._lingering:  # seldom; only then may others wait for it
+                self._lingering.remove(run)
+                next_ones = [each for each in self._runs.values() if each.after is run]
             for each in next_ones:
                 each.after = each.stop_by_s = None
         for each in next_ones:
