@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
 from leases import LeaseStore
-from tests import postgres
-
-NUMBER = itertools.count()
+from tests import databases, postgres
 
 
 def pytest_collection_finish() -> None:
@@ -38,27 +35,14 @@ def maintenance(server: postgres.Server) -> Iterator[Engine]:
     engine.dispose()
 
 
-def _create_database(maintenance: Engine, template: str) -> str:
-    name = f"leases_test_{next(NUMBER)}"
-    with maintenance.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    return maintenance.url.set(database=name).render_as_string(hide_password=False)
-
-
-def _drop_database(maintenance: Engine, url: str) -> None:
-    with maintenance.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)"))
-
-
 @pytest.fixture(scope="session")
 def migrated_postgresql(maintenance: Engine) -> Iterator[str]:
     """The name of a migrated database, to copy from."""
-    url = _create_database(maintenance, "template0")
+    url = databases.create(maintenance, "template0")
     with LeaseStore(url) as store:
         store.migrate()
     yield url.rpartition("/")[2]
-    _drop_database(maintenance, url)
+    databases.drop(maintenance, url)
 
 
 @pytest.fixture(scope="session")
@@ -73,17 +57,25 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def empty_postgresql_url(maintenance: Engine) -> Iterator[str]:
     """A database of its own, without tables."""
-    url = _create_database(maintenance, "template0")
+    url = databases.create(maintenance, "template0")
     yield url
-    _drop_database(maintenance, url)
+    databases.drop(maintenance, url)
+
+
+@pytest.fixture(scope="session")
+def migrated_databases(maintenance: Engine, migrated_postgresql: str) -> Iterator[databases.Databases]:
+    """Migrated databases, for one test after the other."""
+    lent = databases.Databases(maintenance, migrated_postgresql)
+    yield lent
+    lent.close()
 
 
 @pytest.fixture
-def postgresql_url(maintenance: Engine, migrated_postgresql: str) -> Iterator[str]:
+def postgresql_url(migrated_databases: databases.Databases) -> Iterator[str]:
     """A migrated database of its own."""
-    url = _create_database(maintenance, migrated_postgresql)
+    url = migrated_databases.lend()
     yield url
-    _drop_database(maintenance, url)
+    migrated_databases.take_back(url)
 
 
 @pytest.fixture
