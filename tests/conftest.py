@@ -15,6 +15,20 @@ from leases import LeaseStore
 from tests import databases, postgres
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have each of xdist's processes begin with its share of the long tests, so that all end at about the same time."""
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    ordered: list[pytest.Item] = []
+    for number in range(processes):
+        size = (len(items) - len(ordered)) // (processes - number)  # as xdist's worksteal cuts it
+        first = long[len(long) * number // processes : len(long) * (number + 1) // processes]  # chaos after chaos
+        ordered += first + short[: size - len(first)]
+        del short[: size - len(first)]
+    items[:] = ordered
+
+
 def pytest_collection_finish() -> None:
     """Have the garbage collector look at what the tests make only, and less often: it took a tenth of their time."""
     gc.freeze()
