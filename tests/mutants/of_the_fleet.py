@@ -135,7 +135,10 @@ OF_THE_FLEET = (
     Mutant(
         "election-releases-early",
         "a leader's lease is released while its work still runs",
-        (Edit("leases/election.py", "                worker.join()", "                worker.join(0)"),),
+        (
+            Edit("leases/election.py", "worker.join()  # never release while", "worker.join(0)  # never release while"),
+            Edit("leases/election.py", "worker.join()  # nor lead again", "worker.join(0)  # nor lead again"),
+        ),
         ("tests/test_election.py -k still_runs",),
     ),
 )
