@@ -14,9 +14,11 @@ from sqlalchemy import Connection, Transaction
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 from tenacity import AsyncRetrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
+from leases.direct import EitherWay, Shortcut
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
@@ -69,6 +71,7 @@ class AsyncLeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
+        self._shortcut = Shortcut(self.engine.sync_engine)
         self._looks: set[asyncio.Task[None]] = set()
         fork.tell(self)
 
@@ -87,6 +90,9 @@ class AsyncLeaseStore:
     async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
         """Run a function of a (sync) Connection in a transaction, through `run_sync`; see `LeaseStore.run`."""
         return await self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
+
+    async def _run_either_way(self, call: EitherWay[R]) -> R:
+        return await self._retried(call, {})
 
     @asynccontextmanager
     async def fenced(self, *leases: Lease) -> AsyncIterator[AsyncConnection]:
@@ -137,8 +143,19 @@ class AsyncLeaseStore:
     async def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
         with translated(self.url):
+            if isinstance(call, EitherWay) and attempt == 1 and self._tables.checked:
+                answer: tuple[R] | None = await greenlet_spawn(self._alone, call, attempt)
+                if answer is not None:
+                    return answer[0]
             async with self.engine.connect() as connection:
                 return await connection.run_sync(lambda sync: transact(sync, self._tables, call, attempt, options))
+
+    def _alone(self, call: EitherWay[R], attempt: int) -> tuple[R] | None:
+        with self._shortcut.opened() as direct:
+            if direct is None:
+                return None
+            with committing(self.url):
+                return (call.alone(direct, attempt),)
 
     async def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):
@@ -211,9 +228,9 @@ class AsyncLeaseStore:
     retire = amethod(administration.retire)
     acquire = _arecipe(recipes.acquire)
     claim = _arecipe(recipes.claim)
-    renew = amethod(operations.renew)
-    release = amethod(operations.release)
-    release_all = amethod(operations.release_all)
+    renew = amethod(operations.renew, alone=operations.renew)
+    release = amethod(operations.release, alone=operations.release, unless="checkpoint")
+    release_all = amethod(operations.release_all, alone=operations.release_all, unless="held")
     enlist = amethod(fleet.enlist)
     dismiss = amethod(fleet.dismiss)
     drain = amethod(fleet.drain)
@@ -240,6 +257,7 @@ class AsyncEventLog:
         if not isinstance(store, AsyncLeaseStore):
             raise ConfigError(f"the store must be an AsyncLeaseStore, not {type(store).__name__}")
         self.run = store.run
+        self._run_either_way = store._run_either_way
 
-    append = amethod(events.append)
+    append = amethod(events.append, alone=events.append_alone)
     read = amethod(events.read, read_only=True)

@@ -391,6 +391,17 @@ RECOVER = (
 # --- checkpoint --------------------------------------------------------------------------------------------------
 
 
+def put_checkpoint_of(rows: Select[Any]) -> ReturningInsert[Any]:
+    """Write the checkpoints of rows `(stream_id, fencing_token, checkpoint, now)`; those of a later token stay."""
+    columns = ("stream_id", "fencing_token", "checkpoint", "updated_at")
+    build = postgresql.insert(lease_checkpoints).from_select(columns, rows)
+    return build.on_conflict_do_update(
+        index_elements=[lease_checkpoints.c.stream_id],
+        set_={name: build.excluded[name] for name in columns[1:]},
+        where=lease_checkpoints.c.fencing_token <= build.excluded.fencing_token,
+    ).returning(lease_checkpoints.c.fencing_token, DURABLE)
+
+
 def _put_checkpoint() -> Any:
     build = postgresql.insert(lease_checkpoints).values(
         stream_id=STREAM,

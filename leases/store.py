@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
+from leases.direct import EitherWay, Shortcut
 from leases.engine import READ_OPTION, create_engine, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
@@ -88,6 +89,7 @@ class LeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
+        self._shortcut = Shortcut(self.engine)
         fork.tell(self)
 
     def migrate(self) -> tuple[str | None, str]:
@@ -103,6 +105,9 @@ class LeaseStore:
         beginning, unless it is `read_only`: then it waits for nobody.
         """
         return self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
+
+    def _run_either_way(self, call: EitherWay[R]) -> R:
+        return self._retried(call, {})
 
     @contextmanager
     def fenced(self, *leases: Lease) -> Iterator[Connection]:
@@ -148,8 +153,15 @@ class LeaseStore:
 
     def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
-        with translated(self.url), self.engine.connect() as connection:
-            return transact(connection, self._tables, call, attempt, options)
+        with translated(self.url):
+            if isinstance(call, EitherWay) and attempt == 1 and self._tables.checked:
+                with self._shortcut.opened() as direct:
+                    if direct is not None:
+                        with committing(self.url):
+                            result: R = call.alone(direct, attempt)
+                            return result
+            with self.engine.connect() as connection:
+                return transact(connection, self._tables, call, attempt, options)
 
     def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):
@@ -210,9 +222,9 @@ class LeaseStore:
     retire = method(administration.retire)
     acquire = _recipe(recipes.acquire)
     claim = _recipe(recipes.claim)
-    renew = method(operations.renew)
-    release = method(operations.release)
-    release_all = method(operations.release_all)
+    renew = method(operations.renew, alone=operations.renew)
+    release = method(operations.release, alone=operations.release, unless="checkpoint")
+    release_all = method(operations.release_all, alone=operations.release_all, unless="held")
     enlist = method(fleet.enlist)
     dismiss = method(fleet.dismiss)
     drain = method(fleet.drain)
@@ -239,6 +251,7 @@ class EventLog:
         if not isinstance(store, LeaseStore):
             raise ConfigError(f"the store must be a LeaseStore, not {type(store).__name__}")
         self.run = store.run
+        self._run_either_way = store._run_either_way
 
-    append = method(events.append)
+    append = method(events.append, alone=events.append_alone)
     read = method(events.read, read_only=True)
