@@ -18,7 +18,7 @@ from sqlalchemy.util import greenlet_spawn
 from tenacity import AsyncRetrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
-from leases.direct import EitherWay, Shortcut
+from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
@@ -37,10 +37,12 @@ from leases.transaction import (
     Watch,
     amethod,
     as_method,
+    attempt_alone,
     begin_fenced,
     committing,
     own,
     retry_options,
+    time_left,
     transact,
     translated,
 )
@@ -124,11 +126,18 @@ class AsyncLeaseStore:
                 raise
 
     async def _retried(self, call: Call[R], options: Options) -> R:
+        began_s = time.monotonic()
+        try:
+            return await self._once(call, 1, options)
+        except (StoreUnavailable, OutcomeUnknown) as error:
+            first = error
         unknown: OutcomeUnknown | None = None
         try:
-            async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
+            async for attempt in AsyncRetrying(**retry_options(time_left(self.retry_for, began_s))):
                 with attempt:
                     try:
+                        if attempt.retry_state.attempt_number == 1:
+                            raise first
                         return await self._once(call, attempt.retry_state.attempt_number, options)
                     except OutcomeUnknown as error:
                         unknown = error
@@ -142,20 +151,13 @@ class AsyncLeaseStore:
 
     async def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
+        if attempt == 1 and isinstance(call, EitherWay):
+            answer: R | NotTaken = await greenlet_spawn(attempt_alone, self._shortcut, self._tables, call)
+            if answer is not NOT_TAKEN:
+                return answer
         with translated(self.url):
-            if isinstance(call, EitherWay) and attempt == 1 and self._tables.checked:
-                answer: tuple[R] | None = await greenlet_spawn(self._alone, call, attempt)
-                if answer is not None:
-                    return answer[0]
             async with self.engine.connect() as connection:
                 return await connection.run_sync(lambda sync: transact(sync, self._tables, call, attempt, options))
-
-    def _alone(self, call: EitherWay[R], attempt: int) -> tuple[R] | None:
-        with self._shortcut.opened() as direct:
-            if direct is None:
-                return None
-            with committing(self.url):
-                return (call.alone(direct, attempt),)
 
     async def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):

@@ -19,9 +19,9 @@ from __future__ import annotations
 import logging
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from enum import Enum, auto
+from typing import Any, Final, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -33,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 R = TypeVar("R")
 Processor = Callable[[Any], Any]
 
-HEARD = ("before_execute", "after_execute", "before_cursor_execute", "after_cursor_execute", "begin", "commit")
+HEARD = ("before_execute", "before_cursor_execute", "after_execute", "after_cursor_execute", "begin", "commit")
 """The events of an Engine by which somebody may want to hear of statements, or of transactions."""
 
 DEFAULT_LEVEL = "leases_default_isolation"
@@ -49,6 +49,15 @@ class EitherWay(Generic[R]):
 
     def __call__(self, connection: Connection, attempt: int) -> R:
         return self.within(connection, attempt)
+
+
+class NotTaken(Enum):
+    """That a call was not run at all."""
+
+    NOT_TAKEN = auto()
+
+
+NOT_TAKEN: Final = NotTaken.NOT_TAKEN
 
 
 @dataclass(slots=True)
@@ -150,17 +159,19 @@ class Shortcut:
         self._is_for = engine.dialect.name == "postgresql"
         self._prepared: WeakKeyDictionary[Any, Prepared] = WeakKeyDictionary()
 
-    @contextmanager
-    def opened(self) -> Iterator[Connection | None]:
-        """A `Direct`, typed as what it stands for; None where a transaction is to be taken."""
+    def attempt(self, call: EitherWay[R]) -> R | NotTaken:
+        """Run a call's statements, each a transaction; `NOT_TAKEN` where there has to be one around them.
+
+        What the database refuses is a `DBAPIError`: after one with `connection_invalidated` nothing is known.
+        """
         connection = self._connected() if self._is_for and not self._is_heard() else None
         if connection is None:
-            yield None
-            return
+            return NOT_TAKEN
         interrupted = True
         try:
-            yield cast(Connection, Direct(self, connection))
+            result = call.alone(cast(Connection, Direct(self, connection)), 1)
             interrupted = False
+            return result
         except Exception:
             interrupted = False
             raise

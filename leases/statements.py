@@ -349,7 +349,20 @@ def _let_go(backoff: ColumnElement[float], error: ColumnElement[str | None]) -> 
     )
 
 
-_LET_GO = (leases.c.stream_id, freed(leases.c.pool).label("notified"))
+_AWAITED = exists().where(
+    ALIVE,
+    or_(
+        lease_workers.c.pool == leases.c.pool,
+        and_(lease_workers.c.pool.is_(None), lease_workers.c.worker_id != HOLDER),
+    ),
+)
+"""Whether anybody may be waiting for a stream of the pool: a worker of it, or another process that competes for none.
+
+PostgreSQL lets only one transaction that notifies commit at a time, its wait for the disk included. Where all take and
+release streams that nobody waits for, that would be most of what a release costs.
+"""
+
+_LET_GO = (leases.c.stream_id, case((_AWAITED, freed(leases.c.pool))).label("notified"))
 
 RELEASE = _let_go(bindparam("backoff", type_=Double), bindparam("error", type_=Text)).where(MINE).returning(*_LET_GO)
 """Let one grant go. The token stays. Does not wait for fenced writes in flight: they commit before the next grant."""

@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
-from leases.direct import EitherWay, Shortcut
+from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import READ_OPTION, create_engine, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
@@ -42,11 +42,13 @@ from leases.transaction import (
     Tables,
     Watch,
     as_method,
+    attempt_alone,
     begin_fenced,
     committing,
     method,
     own,
     retry_options,
+    time_left,
     transact,
     translated,
 )
@@ -135,11 +137,18 @@ class LeaseStore:
                 raise
 
     def _retried(self, call: Call[R], options: Options) -> R:
+        began_s = time.monotonic()
+        try:
+            return self._once(call, 1, options)
+        except (StoreUnavailable, OutcomeUnknown) as error:
+            first = error
         unknown: OutcomeUnknown | None = None
         try:
-            for attempt in Retrying(**retry_options(self.retry_for)):
+            for attempt in Retrying(**retry_options(time_left(self.retry_for, began_s))):
                 with attempt:
                     try:
+                        if attempt.retry_state.attempt_number == 1:
+                            raise first
                         return self._once(call, attempt.retry_state.attempt_number, options)
                     except OutcomeUnknown as error:
                         unknown = error
@@ -153,15 +162,12 @@ class LeaseStore:
 
     def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
-        with translated(self.url):
-            if isinstance(call, EitherWay) and attempt == 1 and self._tables.checked:
-                with self._shortcut.opened() as direct:
-                    if direct is not None:
-                        with committing(self.url):
-                            result: R = call.alone(direct, attempt)
-                            return result
-            with self.engine.connect() as connection:
-                return transact(connection, self._tables, call, attempt, options)
+        if attempt == 1 and isinstance(call, EitherWay):
+            answer: R | NotTaken = attempt_alone(self._shortcut, self._tables, call)
+            if answer is not NOT_TAKEN:
+                return answer
+        with translated(self.url), self.engine.connect() as connection:
+            return transact(connection, self._tables, call, attempt, options)
 
     def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):

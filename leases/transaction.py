@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,9 +21,9 @@ from tenacity import retry_if_exception_type, stop_after_delay, wait_random_expo
 
 from leases import administration, limits, migrate, recipes, views
 from leases.dialects import POSTGRESQL, SQLITE, require_supported
-from leases.direct import EitherWay
+from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import BUSY_OPTION, BUSY_TIMEOUT_MS, PATIENCE_OPTION, as_writer, describe
-from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, StoreUnavailable
+from leases.errors import ConfigError, LeaseHeld, LeasesError, OutcomeUnknown, StoreUnavailable
 from leases.faults import ENDED_STATES, TIMED_OUT_STATES, check_file, is_busy, is_disconnect, sqlstate, translate
 from leases.fencing import fence
 from leases.model import Blocker, Lease
@@ -125,16 +126,36 @@ def committing(url: URL) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        if sqlstate(error) in ENDED_STATES:
-            raise StoreUnavailable(
-                f"{describe(url)} has ended the transaction at its time limit, before COMMIT: nothing of it is kept"
-            ) from None
-        if is_disconnect(error):
-            raise OutcomeUnknown(
-                f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
-                "ask again with the same key, or look"
-            ) from None
-        raise translate(error, url) from None
+        raise committed_or_not(error, url) from None
+
+
+def committed_or_not(error: SQLAlchemyError, url: URL) -> LeasesError:
+    """Make one of our errors of what came in place of an answer to a COMMIT, or to a statement that is one."""
+    if sqlstate(error) in ENDED_STATES:
+        return StoreUnavailable(
+            f"{describe(url)} has ended the transaction at its time limit, before COMMIT: nothing of it is kept"
+        )
+    if is_disconnect(error):
+        return OutcomeUnknown(
+            f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
+            "ask again with the same key, or look"
+        )
+    return translate(error, url)
+
+
+def attempt_alone(shortcut: Shortcut, tables: Tables, call: EitherWay[R]) -> R | NotTaken:
+    """Run a call without a transaction around its statements, unless one has to be."""
+    if not tables.checked:
+        return NOT_TAKEN
+    try:
+        return shortcut.attempt(call)
+    except SQLAlchemyError as error:
+        raise committed_or_not(error, tables.url) from None
+
+
+def time_left(retry_for: timedelta, began_s: float) -> timedelta:
+    """What is left of the time in which an operation is tried again, after its first try."""
+    return max(timedelta(0), retry_for - timedelta(seconds=time.monotonic() - began_s))
 
 
 class Tables:
