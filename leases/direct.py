@@ -21,20 +21,25 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
+from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import psycopg
-from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy import BindParameter, Connection, Dialect, Engine, literal_column
 from sqlalchemy.exc import DBAPIError, MultipleResultsFound, NoResultFound
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.visitors import replacement_traverse
 from sqlalchemy.types import TypeEngine
 
 R = TypeVar("R")
 Processor = Callable[[Any], Any]
 
-HEARD = ("before_execute", "before_cursor_execute", "after_execute", "after_cursor_execute", "begin", "commit")
-"""The events of an Engine by which somebody may want to hear of statements, or of transactions."""
+HEARD = attrgetter("before_execute", "before_cursor_execute", "after_cursor_execute", "begin", "commit")
+"""The events of an Engine by which somebody hears of statements, or of transactions."""
+
+NOTHING: Mapping[str, Any] = {}
 
 DEFAULT_LEVEL = "leases_default_isolation"
 """Where a pool's connection keeps what its session's default isolation level is."""
@@ -65,8 +70,10 @@ class Prepared:
     """A statement as the driver takes it."""
 
     text: str
+    names: Sequence[str]
+    """The parameters that a call gives."""
     constants: Mapping[str, Any]
-    """All its parameters, with the values of those that the statement itself gives."""
+    """Those that the statement itself gives, as far as they do not stand in its text."""
     into: Sequence[tuple[str, Processor]]
     kinds: Sequence[TypeEngine[Any]]
     make: Callable[[Sequence[Any]], Any]
@@ -113,12 +120,10 @@ class Direct:
         self._shortcut = shortcut
         self._cursor = connection.cursor()
 
-    def execute(self, statement: Any, values: Mapping[str, Any] | None = None) -> Rows:
+    def execute(self, statement: Any, values: Mapping[str, Any] = NOTHING) -> Rows:
         """Run a statement; what the driver raises comes as SQLAlchemy's `DBAPIError`."""
         prepared = self._shortcut.prepared(statement)
-        given = dict(prepared.constants)
-        if values:
-            given.update((name, values[name]) for name in given.keys() & values.keys())
+        given = {**prepared.constants, **{name: values[name] for name in prepared.names}}
         for name, process in prepared.into:
             given[name] = process(given[name])
         try:
@@ -195,8 +200,7 @@ class Shortcut:
         return None
 
     def _is_heard(self) -> bool:
-        dispatch = self.engine.dispatch
-        return any(getattr(dispatch, name) for name in HEARD) or self.engine.logger.isEnabledFor(logging.INFO)
+        return any(HEARD(self.engine.dispatch)) or self.engine.logger.isEnabledFor(logging.INFO)
 
     def prepared(self, statement: Any) -> Prepared:
         """The statement as the driver takes it; made when it is first asked for."""
@@ -207,7 +211,7 @@ class Shortcut:
 
     def _prepare(self, statement: Any) -> Prepared:
         dialect, schemas = self.engine.dialect, self.engine.get_execution_options().get("schema_translate_map")
-        compiled: SQLCompiler = statement.compile(
+        compiled: SQLCompiler = replacement_traverse(statement, {}, partial(_inline, dialect)).compile(
             dialect=dialect, schema_translate_map=schemas, render_schema_translate=bool(schemas)
         )
         into = []
@@ -217,7 +221,23 @@ class Shortcut:
                 into.append((name, process))
         columns = compiled._result_columns
         row = namedtuple("Row", [column.keyname for column in columns], rename=True)  # type: ignore[misc]
-        return Prepared(compiled.string, dict(compiled.params), into, [column.type for column in columns], row._make)
+        given = {name: bound.required for bound, name in compiled.bind_names.items()}
+        return Prepared(
+            text=compiled.string,
+            names=[name for name, required in given.items() if required],
+            constants={name: compiled.params[name] for name, required in given.items() if not required},
+            into=into,
+            kinds=[column.type for column in columns],
+            make=row._make,
+        )
+
+
+def _inline(dialect: Dialect, element: Any, **_: Any) -> Any:
+    """A value that the statement itself gives, to be written into its text; None leaves all else as it is."""
+    if not isinstance(element, BindParameter) or element.required:
+        return None
+    written = str(element.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
+    return literal_column(written.replace("%%", "%"), element.type)  # which doubles it again
 
 
 def _reads_committed(connection: Any) -> bool:

@@ -10,11 +10,25 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from sqlalchemy import CTE, Connection, Insert, Select, bindparam, func, insert, null, select, true, union_all
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    Insert,
+    Select,
+    Subquery,
+    bindparam,
+    func,
+    insert,
+    null,
+    select,
+    true,
+    union_all,
+)
 from sqlalchemy.sql.dml import ReturningInsert
 
 from leases import dialects, limits
-from leases.dialects import POSTGRESQL, events_offered, now
+from leases.dialects import ONE, POSTGRESQL, event_offered, events_offered, now
 from leases.fencing import fence, fenced_row, named, stale
 from leases.model import JSON, Appended, Event, Lease, RecordedEvent
 from leases.operations import put_checkpoint
@@ -57,9 +71,14 @@ def append_alone(
     """`append` as a transaction of its own: the fence, the events and the checkpoint in one statement (PostgreSQL)."""
     offered, duplicates = _offered(events, checkpoint)
     version = (connection.dialect.server_version_info or (13,))[0]
-    given = dialects.events_given(dialects.POSTGRESQL, list(offered.items()))
-    statement = _append_fenced(version, checkpoint is not None)
-    rows = connection.execute(statement, {**named(lease), **given, "position": checkpoint}).all()
+    given = list(offered.items())
+    statement = _append_fenced(version, len(given) == 1, checkpoint is not None)
+    values: dict[str, Any] = {**named(lease), "position": checkpoint}
+    if len(given) == 1:
+        ((values["event_id"], values["payload"]),) = given
+    else:
+        values.update(dialects.events_given(POSTGRESQL, given))
+    rows = connection.execute(statement, values).all()
     if not rows:
         raise stale(connection, lease)
     new = {row.event_id: row.seq for row in rows if row.event_id is not None}
@@ -116,12 +135,11 @@ def _last() -> CTE:
     )
 
 
-def _inserted(dialect: str, last: CTE, fenced: CTE | None = None) -> Insert:
+def _inserted(offered: Subquery, last: CTE, fenced: CTE | None = None) -> Insert:
     """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`.
 
     All of them come from the row of the fence, if there is one in the statement: without that row there is nothing.
     """
-    offered = events_offered(dialect)
     # A scalar, not an EXISTS: of that the planner makes a join, which, while it has no statistics, compares each event
     # that is offered with all of the stream. A scalar is looked up by its key, whatever the planner believes.
     known = (
@@ -133,7 +151,7 @@ def _inserted(dialect: str, last: CTE, fenced: CTE | None = None) -> Insert:
         select(
             STREAM if fenced is None else fenced.c.stream_id,
             offered.c.event_id,
-            select(last.c.seq).scalar_subquery() + func.row_number().over(order_by=offered.c.position),
+            select(last.c.seq).scalar_subquery() + _place(offered),
             TOKEN,
             now(),
             offered.c.payload,
@@ -147,14 +165,19 @@ def _inserted(dialect: str, last: CTE, fenced: CTE | None = None) -> Insert:
     )
 
 
+def _place(offered: Subquery) -> ColumnElement[int]:
+    """The place of an event among those that are new; of one alone it is known."""
+    return offered.c.position if offered.name == ONE else func.row_number().over(order_by=offered.c.position)
+
+
 @cache
 def _append(dialect: str) -> ReturningInsert[Any]:
     """The events, in a transaction that has fenced before."""
-    return _inserted(dialect, _last()).returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
+    return _inserted(events_offered(dialect), _last()).returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
 
 
 @cache
-def _append_fenced(postgresql_version: int, with_checkpoint: bool) -> Select[Any]:
+def _append_fenced(postgresql_version: int, single: bool, with_checkpoint: bool) -> Select[Any]:
     """The fence, the events and the checkpoint in one statement (PostgreSQL).
 
     Answers with the stream's last number before, its event_id null, and a row for each event; with nothing if the
@@ -164,7 +187,8 @@ def _append_fenced(postgresql_version: int, with_checkpoint: bool) -> Select[Any
     `lease_events` let one of them begin again.
     """
     fenced, last = fenced_row(postgresql_version), _last()
-    new = _inserted(POSTGRESQL, last, fenced).returning(lease_events.c.event_id, lease_events.c.seq).cte("new")
+    offered = event_offered() if single else events_offered(POSTGRESQL)
+    new = _inserted(offered, last, fenced).returning(lease_events.c.event_id, lease_events.c.seq).cte("new")
     before = select(null().label("event_id"), last.c.seq).select_from(fenced.join(last, true()))
     answer = union_all(before, select(new.c.event_id, new.c.seq)).subquery("answer")
     statement = select(answer.c.event_id, answer.c.seq)
