@@ -34,6 +34,7 @@ from sqlalchemy import (
     Double,
     FromClause,
     Select,
+    Subquery,
     Text,
     bindparam,
     cast,
@@ -301,7 +302,7 @@ def endings_given(dialect: str, endings: Iterable[Ending]) -> Mapping[str, Any]:
 
 
 @cache
-def events_offered(dialect: str) -> FromClause:
+def events_offered(dialect: str) -> Subquery:
     """A batch of events as rows `(event_id, payload, position)`; its parameters come from `events_given`."""
     if dialect == POSTGRESQL:
         # One text, not an array of texts: psycopg escapes an array's elements in Python, one by one. And json, whose
@@ -324,6 +325,21 @@ def events_offered(dialect: str) -> FromClause:
             each.c.key.label("position"),
         ).select_from(each)
     return rows.subquery("offered")
+
+
+ONE = "one"
+"""The name of `event_offered`, as a row."""
+
+
+@cache
+def event_offered() -> Subquery:
+    """One event as such a row, of the parameters `event_id` and `payload`: without a batch's cost (PostgreSQL)."""
+    payload = cast(bindparam("payload", type_=Text), Document)
+    return select(
+        cast(bindparam("event_id"), Text).label("event_id"),
+        payload.label("payload"),
+        literal_column("1").label("position"),
+    ).subquery(ONE)
 
 
 def events_given(dialect: str, events: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
