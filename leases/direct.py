@@ -118,7 +118,7 @@ class Direct:
         self.dialect = shortcut.engine.dialect
         self.connection = connection
         self._shortcut = shortcut
-        self._cursor = connection.cursor()
+        self._cursor = connection.dbapi_connection.cursor()
 
     def execute(self, statement: Any, values: Mapping[str, Any] = NOTHING) -> Rows:
         """Run a statement; what the driver raises comes as SQLAlchemy's `DBAPIError`."""

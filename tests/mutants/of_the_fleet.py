@@ -129,7 +129,7 @@ OF_THE_FLEET = (
     Mutant(
         "nobody-is-told",
         "a release is not notified",
-        (Edit("leases/statements.py", 'freed(leases.c.pool).label("notified")', 'null().label("notified")'),),
+        (Edit("leases/statements.py", "case((_AWAITED, freed(leases.c.pool)))", "null()"),),
         ("tests/postgresql/test_notify.py",),
     ),
     Mutant(
