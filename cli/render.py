@@ -27,6 +27,7 @@ STYLES = {
     State.EXPIRED: "bold red",
     State.PAUSED: "yellow",
     State.FREE: "",
+    State.RESTING: "yellow",
     State.RETIRED: "dim",
 }
 
@@ -104,7 +105,9 @@ def state_cell(info: LeaseInfo) -> Text:
 
 
 def left(info: LeaseInfo) -> str:
-    """The time left on a lease, negative once it has expired; nothing if nobody holds it."""
+    """The time left on a lease, negative once it has expired; or of a rest; nothing if nobody holds it."""
+    if info.state is State.RESTING:
+        return duration(info.available_at - info.seen_at)
     return "" if info.remaining is None else duration(info.remaining)
 
 
@@ -114,7 +117,7 @@ def _age(info: LeaseInfo) -> str:
         since = info.acquired_at or info.seen_at
     else:
         since = info.retired_at or info.paused_at or info.available_at
-    return duration(info.seen_at - since) if since <= info.seen_at else f"in {duration(since - info.seen_at)}"
+    return duration(info.seen_at - since) if since <= info.seen_at else "-"
 
 
 def lease_table(page: Sequence[LeaseInfo]) -> Table:
@@ -133,7 +136,7 @@ def lease_table(page: Sequence[LeaseInfo]) -> Table:
                 state_cell(info),
                 cell(info.owner or "-"),
                 cell(info.fencing_token),
-                cell(left(info), "" if info.live else "red"),
+                cell(left(info), "red" if info.owner is not None and not info.live else ""),
                 cell(_age(info)),
                 *((cell(info.pool),) if pools else ()),
             )

@@ -49,9 +49,8 @@ class Line:
         self._guard = threading.Lock()
         self._running: Any = None
         self._began_s = 0.0
-        self._woken, self._waker = os.pipe()
-        for end in (self._woken, self._waker):
-            os.set_blocking(end, False)
+        self._pipe: tuple[int, int] | None = None
+        self._closed = False
         fork.tell(self)
 
     def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
@@ -107,13 +106,16 @@ class Line:
         heard = self._notifications()
         if heard or timeout_s <= 0:
             return heard
+        woken = self._woken()
+        if woken is None:
+            return []
         poller = select.poll()
-        poller.register(self._woken, select.POLLIN)
+        poller.register(woken, select.POLLIN)
         if self._heard is not None:
             poller.register(self._heard, select.POLLIN)
         poller.poll(ceil(min(timeout_s, 86_400.0) * 1000))
         with suppress(BlockingIOError):
-            os.read(self._woken, 4096)
+            os.read(woken, 4096)
         return self._notifications()
 
     def _notifications(self) -> list[str]:
@@ -129,9 +131,20 @@ class Line:
 
     def wake(self) -> None:
         """End a `wait`, or the next one, at once. From any thread; after `close` it does nothing."""
+        if self._woken() is None:
+            return
         with self._guard, suppress(BlockingIOError):  # a full pipe wakes as well
-            if self._waker >= 0:
-                os.write(self._waker, b"!")
+            if self._pipe is not None:
+                os.write(self._pipe[1], b"!")
+
+    def _woken(self) -> int | None:
+        """The end of the pipe that a `wait` watches; made when it is first needed, for a line may never wait."""
+        with self._guard:
+            if self._pipe is None and not self._closed:
+                self._pipe = os.pipe()
+                for end in self._pipe:
+                    os.set_blocking(end, False)
+            return None if self._pipe is None else self._pipe[0]
 
     def _give_up(self) -> None:
         if self._connection is not None:
@@ -152,10 +165,9 @@ class Line:
         if self._owned is not None:
             self._owned.dispose()
         with self._guard:
-            ends, self._woken, self._waker = (self._woken, self._waker), -1, -1
+            ends, self._pipe, self._closed = self._pipe or (), None, True
         for end in ends:
-            if end >= 0:
-                os.close(end)
+            os.close(end)
 
     def orphan(self) -> None:
         """Let a forked child's copy of the connection lead nowhere; the object is kept, since its end would speak."""

@@ -43,6 +43,8 @@ class State(StrEnum):
     HELD = "held"
     EXPIRED = "expired"
     FREE = "free"
+    RESTING = "resting"
+    """Free, but not to be claimed yet: its handler failed, and the backoff is not over."""
     PAUSED = "paused"
     RETIRED = "retired"
 
@@ -81,7 +83,7 @@ class LeaseInfo:
         if self.paused_at is not None:
             return State.PAUSED
         if self.owner is None:
-            return State.FREE
+            return State.RESTING if self.available_at > self.seen_at else State.FREE
         return State.HELD if self.live else State.EXPIRED
 
     @property

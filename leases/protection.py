@@ -14,10 +14,15 @@ On PostgreSQL the trigger runs once a statement, over all its rows; on SQLite on
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 from sqlalchemy import Connection, text
 
 from leases import dialects, limits
 from leases.dialects import SQLITE_NOW
+
+LONGEST_NAME = 63
+"""Of a PostgreSQL identifier, in bytes."""
 
 STALE_STATE = "LS001"
 """The SQLSTATE of the refusal on PostgreSQL."""
@@ -87,7 +92,10 @@ def _names(connection: Connection, table: str, schema: str | None) -> tuple[str,
     """The function that serves a table, and the table itself: qualified and quoted."""
     quote = connection.dialect.identifier_preparer.quote_identifier
     place = quote(schema) if schema else _current_schema(connection)
-    return f"{place}.{quote(f'leases_protect_{table}')}", f"{place}.{quote(table)}"
+    function = f"leases_protect_{table}"
+    if len(function.encode()) > LONGEST_NAME:  # PostgreSQL would cut it, and two long tables have one function
+        function = f"leases_protect_{sha256(table.encode()).hexdigest()[:32]}"
+    return f"{place}.{quote(function)}", f"{place}.{quote(table)}"
 
 
 def _current_schema(connection: Connection) -> str:

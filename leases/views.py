@@ -37,6 +37,7 @@ INFO = select(*leases.c, func.coalesce(LIVE, literal(False)).label("live"), now(
 STATE = case(
     (leases.c.retired_at.is_not(None), State.RETIRED),
     (leases.c.paused_at.is_not(None), State.PAUSED),
+    (and_(leases.c.owner.is_(None), leases.c.available_at > now()), State.RESTING),
     (leases.c.owner.is_(None), State.FREE),
     (leases.c.expires_at > now(), State.HELD),
     else_=State.EXPIRED,

@@ -40,13 +40,15 @@ from leases import fleet, limits, operations
 from leases.async_session import AsyncStreamSession
 from leases.async_store import AsyncLeaseStore
 from leases.backoff import Backoff
+from leases.discovery import Discover
 from leases.errors import ConfigError, LeasesError
 from leases.keeper import Health
 from leases.line import Line
 from leases.model import DEFAULT_POOL, Happening, WorkerEvent
-from leases.planner import Discover, Planner, Terms
+from leases.planner import Planner
 from leases.registry import DEFAULT_TTL, SessionRegistry
 from leases.runner import Handler, ThreadRunner, is_async
+from leases.runs import Terms
 from leases.session import StreamSession
 from leases.store import LeaseStore
 from leases.tasks import TaskRunner
@@ -130,10 +132,10 @@ class Worker:
             owner=name,
             ttl=ttl,
             pool=pool,
-            on_granted=lambda session: self._planner.granted(session),
-            on_lost=lambda session, loss: self._planner.lost(session, loss),
+            on_granted=lambda session: self._planner.runs.granted(session),
+            on_lost=lambda session, loss: self._planner.runs.lost(session, loss),
             on_released=lambda session: self._planner.tell(Happening.RELEASED, session),
-            on_stopping=lambda session: self._planner.stopping(session),
+            on_stopping=lambda session: self._planner.runs.stopping(session),
             on_beat=self._beaten,
             heard=self._heard,
             competes=True,
@@ -207,7 +209,7 @@ class Worker:
             if self._streams:
                 streams, pool = self._streams, self.registry.pool
                 self._store.run(lambda connection: operations.register(connection, streams, pool=pool))
-            self._planner.runner = self._runner(loop)
+            self._planner.runs.runner = self._runner(loop)
             self.registry.start()
             if self.registry.heart is not None:
                 self.registry.heart.watched.append(self._line)
@@ -221,13 +223,15 @@ class Worker:
         if is_async(self._handler):
             return TaskRunner(
                 self._handler,
-                self._planner.ended,
+                self._planner.runs.ended,
                 wrap=lambda session: AsyncStreamSession(session, self._async_store),
                 calls=self._calls,
                 idle_s=self._poll_s,
                 loop=loop,
             )
-        return ThreadRunner(self._handler, self._planner.ended, threads=self._calls or THREADS, idle_s=self._poll_s)
+        return ThreadRunner(
+            self._handler, self._planner.runs.ended, threads=self._calls or THREADS, idle_s=self._poll_s
+        )
 
     def stop(self, drain: bool = True) -> None:
         """Let everything go, and end. A second call is harmless; called by a handler, it does not wait.
@@ -238,7 +242,7 @@ class Worker:
         self._ask_to_stop(at_once=not drain)
         if self._thread is None or self._thread is threading.current_thread():
             return
-        if self._planner.runner.owns_this_thread():
+        if self._planner.runs.runner.owns_this_thread():
             return
         self._thread.join(max(0.0, self._stop_by_s - monotonic()))
         if self._thread.is_alive():  # the database does not answer
@@ -343,7 +347,7 @@ class Worker:
             self._close()
 
     def _close(self) -> None:
-        self._planner.runner.close()
+        self._planner.runs.runner.close()
         try:
             with suppress(LeasesError):  # what could not be released expires by itself
                 self.registry.close()

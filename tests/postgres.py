@@ -100,7 +100,7 @@ def _started(directory: Path, settings: Mapping[str, str]) -> Iterator[Server]:
         "UTF8",
         "--no-sync",
     )
-    port = _free_port()
+    port = free_port()
     options = {**settings, "port": str(port), "listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
     with (data / "postgresql.conf").open("a") as configuration:
         configuration.writelines(f"{name} = '{value}'\n" for name, value in options.items())
@@ -117,7 +117,8 @@ def _started(directory: Path, settings: Mapping[str, str]) -> Iterator[Server]:
             directory,
         )
     finally:
-        run(control, "-D", str(data), "-m", "immediate", "-w", "stop")
+        if (data / "postmaster.pid").exists():  # not one that a test has crashed
+            run(control, "-D", str(data), "-m", "immediate", "-w", "stop")
 
 
 def _unprivileged() -> str:
@@ -158,7 +159,7 @@ def _room() -> Path:
     raise RuntimeError(f"no temporary directory that {_unprivileged()} can reach; set TMPDIR to one")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -106,3 +106,16 @@ def test_an_unprotected_table_takes_any_write_again(protected: LeaseStore) -> No
         unprotect(connection, "results")
     write(protected, "unknown", 1)
     assert count(protected) == 2
+
+
+def test_two_tables_whose_long_names_begin_alike_have_each_its_own(store: LeaseStore) -> None:
+    names = [f"{'long_name_' * 5}{number}" for number in (1, 2)]  # 51 bytes, and 15 of ours before them
+    with store.base_engine.begin() as connection:
+        for name in names:
+            connection.execute(text(f"CREATE TABLE {name} (stream_id text, fencing_token bigint)"))
+            protect(connection, name)
+        unprotect(connection, names[1])
+        connection.execute(text(f"INSERT INTO {names[1]} VALUES ('s', 1)"))
+    with pytest.raises(DBAPIError, match="leases:"):
+        with store.base_engine.begin() as connection:
+            connection.execute(text(f"INSERT INTO {names[0]} VALUES ('s', 1)"))

@@ -253,7 +253,7 @@ def test_a_failing_handler_rests_its_stream_and_no_other(store: LeaseStore, seen
         until(lambda: (info := store.get("bad")) is not None and info.failures == 1, "it is counted")
         info = store.get("bad")
         assert info is not None
-        assert (info.owner, info.state, info.last_error) == (None, State.FREE, "ValueError: poison of line 7")
+        assert (info.owner, info.state, info.last_error) == (None, State.RESTING, "ValueError: poison of line 7")
         assert timedelta(seconds=25) < info.available_at - info.seen_at <= timedelta(minutes=1)
     assert len(seen.of(Happening.FAILED)) == 1
 

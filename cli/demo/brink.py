@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -79,6 +78,7 @@ def freeze(thaw: threading.Event) -> None:
     out: it gives that thread a moment to end it, and stops again.
     """
     while True:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: one to the process may be taken by another thread, and stop it later than here.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         if thaw.wait(0.05):
             return

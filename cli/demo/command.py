@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -47,6 +47,16 @@ class Interrupted(BaseException):
         self.number = number
 
 
+class FileName(click.Path):
+    """A path; one with a NUL in it, which only a program can pass, is a usage error."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except ValueError as error:
+            self.fail(f"{value!r} cannot be the name of a file: {error}", param, ctx)
+
+
 @click.command(
     "demo",
     cls=Command,
@@ -58,7 +68,7 @@ leases demo --url postgresql://me@localhost/mine --json
 leases demo orders.csv --stream-by customer --id-by order_id --workers 8
 """,
 )
-@click.argument("file", type=click.Path(path_type=Path), required=False, metavar="[FILE.csv]")
+@click.argument("file", type=FileName(path_type=Path), required=False, metavar="[FILE.csv]")
 @click.option(
     "--stream-by",
     metavar="COLUMN[,COLUMN]",

@@ -7,14 +7,22 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from tests.chaos import mutants
-from tests.chaos.run import Outcome, Plan, run
+from tests.chaos import mutants, steps
+from tests.chaos.run import FAILOVER, PLAIN, STEPPED, WORLDS, Outcome, Plan, run
 
 ENGINES = ("postgresql", "sqlite")
 SHOWN = 10
 """How many violations are told in full."""
+
+
+LONG_S = 300.0
+"""A run on PostgreSQL of so many seconds is divided among the worlds."""
+
+SHARES = {PLAIN: 4, FAILOVER: 1, STEPPED: 1}
+"""How, in sixths."""
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -30,8 +38,24 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mutant", choices=mutants.MUTANTS, default=os.environ.get(mutants.VARIABLE, ""), help="break the product so"
     )
+    parser.add_argument(
+        "--world", choices=WORLDS, help="what the server is; by default plain, and each in turn if a run is long"
+    )
     parser.add_argument("--faults", default="", help="only these, by the names of the nemesis's methods, with commas")
     return parser.parse_args(arguments)
+
+
+def plans_of(options: argparse.Namespace) -> Iterator[Plan]:
+    """What to run, one after another: a long run on PostgreSQL is one in each world, if there is what it takes."""
+    plan = plan_of(options)
+    if options.world is not None or plan.engine != "postgresql" or plan.seconds < LONG_S:
+        yield replace(plan, world=options.world or PLAIN)
+        return
+    for world, share in SHARES.items():
+        if world == STEPPED and steps.library() is None:
+            say("no clock is set: there is no libfaketime (apt-get install libfaketime)")
+            continue
+        yield replace(plan, world=world, seconds=plan.seconds * share / sum(SHARES.values()))
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -75,11 +99,18 @@ def report(outcome: Outcome) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    plan = plan_of(parsed(arguments))
-    say(f"{plan.engine}, {plan.seconds:g} s, seed {plan.seed}{f', mutant {plan.mutant}' if plan.mutant else ''}")
-    outcome = run(plan, say)
-    report(outcome)
-    return 1 if outcome.violations else 0
+    options = parsed(arguments)
+    if options.engine != "postgresql" and options.world not in (None, PLAIN):
+        say(f"there is no {options.world} world on {options.engine}")
+        return 2
+    broken = 0
+    for plan in plans_of(options):
+        of_mutant = f", mutant {plan.mutant}" if plan.mutant else ""
+        say(f"{plan.engine}, {plan.world}, {plan.seconds:g} s, seed {plan.seed}{of_mutant}")
+        outcome = run(plan, say)
+        report(outcome)
+        broken += len(outcome.violations)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

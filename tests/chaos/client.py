@@ -66,6 +66,11 @@ def stream_name(number: int) -> str:
     return f"s{number:02}"
 
 
+def stand_still() -> None:
+    """Stop this process, here, until it is continued: a signal to the process may be taken later, by another thread."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
 def insert(connection: Connection, lease: Lease, event_id: str, request: str) -> None:
     """Write an event by hand, as any program may in a fenced transaction."""
     dialect = connection.dialect.name
@@ -128,7 +133,7 @@ class Writer:
                     insert(connection, lease, names[0], request)
                     if word == "freeze":
                         self.recorder.note(frozen=word)
-                        os.kill(os.getpid(), signal.SIGSTOP)
+                        stand_still()
                     for name in names[1:]:
                         if word == "trickle":
                             time.sleep(self.options.ttl_s * 0.45)  # the trickle itself
@@ -150,7 +155,7 @@ class Writer:
                 )
                 if number == 2:
                     self.recorder.note(frozen="copy")
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                    stand_still()
 
     def rogue(self, log: EventLog) -> None:
         """Write under what the process has or had, without asking whether it may."""

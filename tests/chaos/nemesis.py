@@ -13,9 +13,9 @@ from random import Random
 
 import psycopg
 
+from tests.chaos.cluster import Cluster
 from tests.chaos.process import Client
-from tests.chaos.proxy import DOWN, UP, Link
-from tests.chaos.server import Postgres
+from tests.chaos.proxy import DOWN, UP, Link, Proxy
 
 Fault = Callable[[], None]
 
@@ -26,7 +26,8 @@ class Nemesis:
     def __init__(
         self,
         clients: Sequence[Client],
-        server: Postgres | None,
+        cluster: Cluster | None,
+        proxy: Proxy | None,
         seed: int,
         ttl_s: float,
         only: Collection[str] = (),
@@ -34,20 +35,25 @@ class Nemesis:
         self.faults: Counter[str] = Counter()
         self._clients = clients
         self._workers = [client for client in clients if client.is_worker]
-        self._server = server
+        self._cluster = cluster
+        self._proxy = proxy
         self._random = Random(seed)
         self._ttl_s = ttl_s
         self._number = itertools.count()
         self._undo: list[tuple[float, int, Callable[[], object]]] = []
         self._next_s = time.monotonic() + ttl_s  # let the first of them come to work
         chances: dict[Fault, int] = {self.kill: 5, self.stop: 6, self.end: 2, self.freeze: 5, self.trickle: 3}
-        if server is None:  # one file, one writer: whoever is frozen or slow in a transaction stops all the others
+        if cluster is None:  # one file, one writer: whoever is frozen or slow in a transaction stops all the others
             chances |= {self.freeze: 2, self.trickle: 1}
         else:
             chances |= {
                 self.copy: 4, self.partition: 4, self.half_partition: 4, self.partition_of_all: 1, self.drop: 3,
                 self.reset: 5, self.delay: 4, self.swallow: 8, self.kill_backend: 6, self.restart: 2, self.exhaust: 1,
             }  # fmt: skip
+            if cluster.replicated:
+                chances[self.failover] = 3
+            if cluster.clock is not None:
+                chances[self.step] = 8
         self._chances = {fault: chance for fault, chance in chances.items() if not only or fault.__name__ in only}
         if not self._chances:
             raise ValueError(f"no such fault; there are {', '.join(fault.__name__ for fault in chances)}")
@@ -69,6 +75,8 @@ class Nemesis:
         """End every fault. Processes that are dead start again with `tick`s of `calm`."""
         while self._undo:
             heapq.heappop(self._undo)[2]()
+        if self._cluster is not None and self._cluster.clock is not None:
+            self._cluster.clock.heal()
         for client in self._clients:
             client.stopped_by_us = False
             client.signal(signal.SIGCONT)
@@ -168,26 +176,46 @@ class Nemesis:
         statement = """SELECT pg_terminate_backend(pid) FROM (
             SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
             ORDER BY state = 'active' DESC, random() LIMIT %s) AS victim"""
-        if self._server is not None:
-            with suppress(psycopg.OperationalError), self._server.connect() as connection:
+        if self._cluster is not None:
+            with suppress(psycopg.OperationalError), self._cluster.connect() as connection:
                 connection.execute(statement, [self._random.randint(1, 3)])
 
     def restart(self) -> None:
         self._count("server crashed (pg_ctl -m immediate)")
-        if self._server is not None:
-            self._server.crash()
-            threshold_s = time.monotonic() + self._random.uniform(0, 0.5) * self._ttl_s
-            while time.monotonic() < threshold_s:
-                time.sleep(0.02)
-            self._server.start()
+        if self._cluster is not None:
+            self._cluster.crash()
+            self._stand_by(0.5)
+            self._cluster.start()
+
+    def failover(self) -> None:
+        self._count("failover to the synchronous standby")
+        assert self._cluster is not None
+        assert self._proxy is not None
+        self._cluster.synchronize()
+        self._stand_by(0.3)
+        self._cluster.promote(self._proxy)
+
+    def step(self) -> None:
+        assert self._cluster is not None
+        assert self._cluster.clock is not None
+        size = self._random.choice([0.1, 0.5, 1, 2, 5, 20]) * self._ttl_s * self._random.uniform(0.5, 1)
+        forward = self._random.random() < 0.5
+        self._count(f"server's clock set {'on' if forward else 'back'}")
+        self._cluster.clock.step(size if forward else -size)
+
+    def _stand_by(self, ttls: float) -> None:
+        """Let a random time pass, in which the clients go on."""
+        until_s = time.monotonic() + self._random.uniform(0, ttls) * self._ttl_s
+        while time.monotonic() < until_s:
+            time.sleep(0.02)
 
     def exhaust(self) -> None:
         self._count("connections exhausted")
         taken: list[psycopg.Connection[tuple[str, ...]]] = []
-        assert self._server is not None
+        assert self._cluster is not None
         with suppress(psycopg.OperationalError):
             for _ in range(200):
-                taken.append(self._server.connect())
+                taken.append(self._cluster.connect())
 
         def give_back() -> None:
             for connection in taken:

@@ -3,8 +3,10 @@
 hold      what comes stays here until `heal`, in one direction or both; nothing is lost
 drop      what comes is thrown away; at `heal` the connections it was thrown away on are reset
 delay     every piece waits before it goes on
-swallow   the next COMMIT goes through, its answer does not: the connection is reset instead
+swallow   the next commit goes through, its answer does not: the connection is reset instead
 reset     every open connection ends with a RST, on both sides
+
+What commits is COMMIT, and whatever else is asked while no transaction is open: that is one of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ UP, DOWN = "up", "down"
 COMMIT = b"COMMIT\0"
 """The statement, not the end of BEGIN ISOLATION LEVEL READ COMMITTED."""
 
+IDLE = b"Z\0\0\0\5I"
+"""How the server ends an answer outside of a transaction."""
+
 NOW = struct.pack("ii", 1, 0)
 """SO_LINGER: a close sends a RST."""
 
@@ -33,6 +38,11 @@ class Connection:
         self.ends = ends
         self.swallow = False
         self.spoilt = False
+        self.idle = False
+
+    def commits(self, piece: bytes) -> bool:
+        """Whether the answer to this piece, from the client, tells of a commit."""
+        return COMMIT in piece or (self.idle and b"BEGIN" not in piece)
 
     def reset(self) -> None:
         for end in self.ends:
@@ -48,7 +58,7 @@ class Link:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, server: tuple[str, int], random: Random) -> None:
         self._loop = loop
-        self._server = server
+        self.server = server
         self._random = random
         self._open: set[Connection] = set()
         self._passes = {UP: asyncio.Event(), DOWN: asyncio.Event()}
@@ -112,7 +122,7 @@ class Link:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            from_server, to_server = await asyncio.open_connection(*self._server)
+            from_server, to_server = await asyncio.open_connection(*self.server)
         except OSError:
             writer.transport.abort()
             return
@@ -139,13 +149,14 @@ class Link:
             if self._drops:
                 connection.spoilt = True
                 continue
-            if direction == UP and self._swallows and COMMIT in piece:
+            if direction == UP and self._swallows and connection.commits(piece):
                 self._swallows -= 1
                 connection.swallow = True
             elif direction == DOWN and connection.swallow:
                 self.swallowed += 1
                 connection.reset()
                 return
+            connection.idle = direction == DOWN and piece.endswith(IDLE)
             sink.write(piece)
             await sink.drain()
         await self._passes[direction].wait()
@@ -167,6 +178,13 @@ class Proxy:
         asyncio.run_coroutine_threadsafe(made.listen(), self._loop).result(10)
         self.links.append(made)
         return made
+
+    def lead_to(self, server: tuple[str, int]) -> None:
+        """Lead new connections to another server, and reset those that are open."""
+        self._server = server
+        for link in self.links:
+            link.server = server
+            link.reset()
 
 
 @contextmanager

@@ -14,14 +14,18 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from leases import LeasesError, LeaseStore
-from tests.chaos import ledger, mutants, proxy, server
+from tests.chaos import cluster, ledger, mutants, proxy
 from tests.chaos.checker import Violation, check, figures
 from tests.chaos.client import Options, stream_name
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.process import Client, end_all
 from tests.chaos.record import read
+from tests.chaos.server import settle
 
 Say = Callable[[str], object]
+
+PLAIN, FAILOVER, STEPPED = WORLDS = ("plain", "failover", "stepped")
+"""What the server of a run is: one; with a synchronous standby that takes over; with a clock that is set."""
 
 READY_S = 60.0
 """How long all processes may take to come to their work, after the last fault: that is the machine's doing."""
@@ -43,11 +47,13 @@ class Plan:
     operators: int = 2
     mutant: str = ""
     faults: tuple[str, ...] = ()
+    world: str = PLAIN
 
     @property
     def command(self) -> str:
         before = f"{mutants.VARIABLE}={self.mutant} " if self.mutant else ""
         command = f"{before}python -m tests.chaos --engine {self.engine} --seconds {self.seconds:g} --seed {self.seed}"
+        command += f" --world {self.world}" if self.world != PLAIN else ""
         return command + (f" --faults {','.join(self.faults)}" if self.faults else "")
 
 
@@ -64,14 +70,25 @@ class Outcome:
     kept: Path | None = None
 
 
+@dataclass(frozen=True)
+class World:
+    """What a run is made of. `postgres` and `links` are None on SQLite."""
+
+    store: LeaseStore
+    clients: Sequence[Client]
+    postgres: cluster.Cluster | None
+    links: proxy.Proxy | None
+
+
 @contextmanager
-def _world(plan: Plan, directory: Path) -> Iterator[tuple[LeaseStore, Sequence[Client], server.Postgres | None]]:
+def _world(plan: Plan, directory: Path) -> Iterator[World]:
     with ExitStack() as stack:
         postgres = links = None
         if plan.engine == "postgresql":
-            postgres = stack.enter_context(server.running())
+            replicated, stepped = plan.world == FAILOVER, plan.world == STEPPED
+            postgres = stack.enter_context(cluster.running(replicated=replicated, stepped=stepped))
             links = stack.enter_context(proxy.running(postgres.address, plan.seed))
-            url = postgres.through(postgres.address[1])
+            url = postgres.through(links.link().port)  # the harness's own, on which there are no faults
         else:
             url = f"sqlite:///{directory / 'leases.db'}"
         store = stack.enter_context(LeaseStore(url))
@@ -81,7 +98,7 @@ def _world(plan: Plan, directory: Path) -> Iterator[tuple[LeaseStore, Sequence[C
         store.register(stream_name(number) for number in range(plan.streams))
         if postgres is not None:
             with postgres.connect() as own:
-                server.settle(own)
+                settle(own)
         roles = ["worker"] * plan.workers + ["operator"] * plan.operators
         clients = []
         for number, role in enumerate(roles):
@@ -91,7 +108,7 @@ def _world(plan: Plan, directory: Path) -> Iterator[tuple[LeaseStore, Sequence[C
             options = Options(role, f"{role[0]}{number}", path, "", seed, plan.ttl_s, plan.streams)
             clients.append(Client(options, directory, link))
         stack.callback(end_all, clients)
-        yield store, clients, postgres
+        yield World(store, clients, postgres, links)
 
 
 def run(plan: Plan, say: Say) -> Outcome:
@@ -99,8 +116,9 @@ def run(plan: Plan, say: Say) -> Outcome:
     directory = Path(tempfile.mkdtemp(prefix="leases-chaos-"))
     outcome = Outcome(plan)
     try:
-        with mutants.chosen(plan.mutant), _world(plan, directory) as (store, clients, postgres):
-            nemesis = Nemesis(clients, postgres, plan.seed, plan.ttl_s, plan.faults)
+        with mutants.chosen(plan.mutant), _world(plan, directory) as world:
+            store, clients, postgres = world.store, world.clients, world.postgres
+            nemesis = Nemesis(clients, postgres, world.links, plan.seed, plan.ttl_s, plan.faults)
             outcome.faults = nemesis.faults
             _storm(plan, nemesis, say)
             nemesis.heal()
@@ -111,7 +129,7 @@ def run(plan: Plan, say: Say) -> Outcome:
                 history = ledger.read(connection, places)
             _keep(history, directory)
             asked = read(directory)
-            outcome.violations[:0] = check(history, asked)
+            outcome.violations[:0] = check(history, asked, stepped=plan.world == STEPPED)
             outcome.figures = figures(history, asked)
             if places is not None:
                 outcome.figures["COMMIT records in the WAL"] = len(places)

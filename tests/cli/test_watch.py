@@ -83,7 +83,7 @@ def test_show_tells_all_about_a_stream(world: LeaseStore, leases: Leases) -> Non
     outcome = leases("show", "busy")
     assert outcome.code == 0
     for part in (
-        "free",
+        "resting",
         "nobody",
         '{"offset": 7}',
         "token 1",

@@ -39,6 +39,7 @@ def test_every_state_is_told_and_found(store: LeaseStore, clock: Clock) -> None:
     store.retire(["retired"])
     clock.advance(15)
     take(store, "held")
+    store.release(take(store, "resting"), backoff=timedelta(seconds=1), error="no such order")
     assert {info.stream_id: info.state for info in store.list()} == {str(state): state for state in State}
     for state in State:
         assert names(store, state=state) == [state]

@@ -24,8 +24,9 @@ from sqlalchemy.pool import Pool
 from leases import EventLog, LeasesError, LeaseStore, OutcomeUnknown, SessionRegistry, StaleToken, WorkerEvent
 from leases.backoff import Backoff
 from leases.line import Line
-from leases.planner import Planner, Terms
+from leases.planner import Planner
 from leases.runner import Run
+from leases.runs import Terms
 from leases.session import StreamSession
 from leases.transaction import R
 from tests.clock import START
@@ -113,7 +114,7 @@ class Hand:
         if not run.ended:
             run.ended = True
             self.runs.pop(run, None)
-            self.member.planner.ended(run)
+            self.member.planner.runs.ended(run)
 
     returned = 0
 
@@ -195,9 +196,9 @@ class World:
             self.store,
             owner=name,
             ttl=TTL,
-            on_granted=lambda session: member.planner.granted(session),
-            on_lost=lambda session, loss: member.planner.lost(session, loss),
-            on_stopping=lambda session: member.planner.stopping(session),
+            on_granted=lambda session: member.planner.runs.granted(session),
+            on_lost=lambda session, loss: member.planner.runs.lost(session, loss),
+            on_stopping=lambda session: member.planner.runs.stopping(session),
             competes=True,
             weight=weight,
             clock=clock,
@@ -206,7 +207,7 @@ class World:
         member = Member(name, registry, LossyLine(self.store, loses), LossyLine(self.store, loses))
         terms = Terms(poll_s=POLL_S, drain_s=20.0, stall_s=None, discover_s=60.0, capacity=None, backoff=Backoff())
         member.planner = Planner(registry, member.line, terms, tell=self._tell, dice=Random(self.random.random()))
-        member.hand = member.planner.runner = Hand(member)
+        member.hand = member.planner.runs.runner = Hand(member)
         member.beat_at_s = self.time.now_s
         self.members[name] = member
         self.happened["join"] += 1

@@ -6,6 +6,7 @@ from tests.mutants.mutant import Edit, Mutant
 
 BALANCE = "leases/balance.py"
 PLANNER = "leases/planner.py"
+RUNS = "leases/runs.py"
 REGISTRY = "leases/registry.py"
 FLEET = "leases/fleet.py"
 VIRTUAL = "tests/fleet/test_virtual.py"
@@ -79,7 +80,7 @@ OF_THE_FLEET = (
         "what is shed or drained is given up before its work has ended",
         (
             Edit(
-                PLANNER,
+                RUNS,
                 "            if run.stop_by_s is None:\n                run.stop_by_s = now_s + self._terms.drain_s",
                 "            if run.stop_by_s is None:\n                run.stop_by_s = now_s",
             ),
@@ -89,13 +90,13 @@ OF_THE_FLEET = (
     Mutant(
         "release-forgets-the-locked",
         "a stream whose row was locked when it was to be released is left to expire",
-        (Edit(PLANNER, "for session in locked}", "for session in locked if False}"),),
+        (Edit(RUNS, "for session in locked}", "for session in locked if False}"),),
         ("tests/test_worker.py -k locked",),
     ),
     Mutant(
         "stall-keeps-the-lease",
         "a handler that stalls keeps its stream",
-        (Edit(PLANNER, "            elif self._stalls(run, now_s):", "            elif False:"),),
+        (Edit(RUNS, "            elif self._stalls(run, now_s):", "            elif False:"),),
         ("tests/test_worker.py -k stalls",),
     ),
     Mutant(
@@ -134,7 +135,10 @@ OF_THE_FLEET = (
     Mutant(
         "election-releases-early",
         "a leader's lease is released while its work still runs",
-        (Edit("leases/election.py", "                worker.join()", "                worker.join(0)"),),
+        (
+            Edit("leases/election.py", "worker.join()  # never release while", "worker.join(0)  # never release while"),
+            Edit("leases/election.py", "worker.join()  # nor lead again", "worker.join(0)  # nor lead again"),
+        ),
         ("tests/test_election.py -k still_runs",),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -9,7 +10,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine
 
-from leases import LeaseStore
+from leases import LeaseStore, Worker
 from leases.line import Line
 from leases.model import Ending, Membership, Released
 from tests.postgresql.race import PATIENCE_S, Background, locking, until
@@ -97,6 +98,13 @@ def test_a_row_that_somebody_has_locked_holds_no_release_up(store: LeaseStore, e
         answer = store.release_all(map(Ending, leases), owner="one", held=0)
         assert answer == Released(frozenset("b"), frozenset("a"))
     assert store.release_all(map(Ending, leases), owner="one").released == {"a"}
+
+
+def test_a_worker_that_is_never_started_keeps_no_file_open(store: LeaseStore) -> None:
+    open_before = len(os.listdir("/dev/fd"))
+    workers = [Worker(store, print) for _ in range(10)]
+    assert len(os.listdir("/dev/fd")) == open_before
+    assert workers
 
 
 def test_a_closed_line_may_be_woken(store: LeaseStore) -> None:
