@@ -190,7 +190,7 @@ class LeasesOnPostgreSQL(_Leases):
             store.migrate()
 
     def settle(self, store: LeaseStore) -> None:
-        with store.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        with store.base_engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             connection.exec_driver_sql("VACUUM ANALYZE")
 
     def complaints(self) -> list[str]:
