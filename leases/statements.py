@@ -301,14 +301,25 @@ def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
     )
     own = OWN_ROW.cte("own").prefix_with("MATERIALIZED")
     worker = BEAT.where(lease_workers.c.worker_id == own.c.worker_id).returning(lease_workers.c.worker_id).cte("worker")
+    # Nearly always all is as hoped. Counts tell, and then nothing is gone through again to find what is not.
+    counts = (
+        select(func.count().label("renewed"), func.count(renewed.c.ending).label("ending"))
+        .cte("counts")
+        .prefix_with("MATERIALIZED")
+    )
+    as_hoped = select(counts.c.renewed - counts.c.ending).scalar_subquery()
     otherwise = (
         select(asked.c.stream_id, renewed.c.stream_id.is_not(None).label("renewed"), renewed.c.ending)
         .select_from(asked.outerjoin(renewed, renewed.c.stream_id == asked.c.stream_id))
-        .where(or_(renewed.c.stream_id.is_(None), renewed.c.ending.is_not(None)))
+        .where(
+            as_hoped < select(func.count()).select_from(asked).scalar_subquery(),
+            or_(renewed.c.stream_id.is_(None), renewed.c.ending.is_not(None)),
+        )
     )
     known = select(null(), exists(select(worker.c.worker_id)), null())
     stray = strays(dialect).subquery("stray")
-    unasked = select(stray.c.stream_id, null(), null())
+    held = select(func.count()).where(leases.c.owner == HOLDER).scalar_subquery()
+    unasked = select(stray.c.stream_id, null(), null()).where(select(counts.c.renewed).scalar_subquery() < held)
     return select(union_all(otherwise, unasked, known).subquery("answer"), DURABLE)
 
 
