@@ -8,8 +8,10 @@ named in `not_for`, with the reason, which the table shows.
 from __future__ import annotations
 
 import importlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 TTL_S = 600
 """How long a lease lives where its end is not what is measured: no round is as long."""
 
+
+POLL_S = 1.0
+"""How often the heir of a takeover looks; each contestant's the same, also where waiting would be its own way."""
+
+OF_LEASES = {
+    "plan": "it plans nothing: nobody shares streams out between workers",
+    "crowd": "beside the others in `cycle`",
+}
+"""For `not_for`: what is asked of leases alone."""
 
 AT_ITS_DEFAULT = {f"takeover ttl {ttl_s} s": "measured at its own default" for ttl_s in (1, 5, 15)}
 """For `not_for`: peers have one default each."""
@@ -32,9 +43,6 @@ class Client(ABC):
 
     `take` answers with whatever the others of its methods need to name what was taken.
     """
-
-    def __init__(self) -> None:
-        self.taken_over: dict[str, Any] = {}
 
     @abstractmethod
     def take(self, streams: Sequence[str]) -> Any:
@@ -72,14 +80,25 @@ class Client(ABC):
         """Own these streams as a worker does, for long: heartbeats included, where they come with the contestant."""
         return self.take(streams)
 
-    def take_over(self, streams: Sequence[str]) -> int:
-        """Look once for these streams, left behind by a killed owner; return how many this client owns by now."""
-        for stream in streams:
-            if stream not in self.taken_over:
-                grant = self.acquire(stream)
-                if grant is not None:
-                    self.taken_over[stream] = grant
-        return len(self.taken_over.keys() & set(streams))
+    # For `takeover`: one process serves streams, another stands by; the first is killed after a heartbeat.
+
+    def serve(self, streams: Sequence[str]) -> Any:
+        """Own the streams, and keep them by heartbeats, until it is killed."""
+        return self.hold(streams)
+
+    def stand_by(self, streams: Sequence[str]) -> None:  # noqa: B027  # most have nothing to do before
+        """Be ready to own what the other process leaves behind."""
+
+    def beaten(self) -> None:  # noqa: B027  # where there are no heartbeats, the grant was the last one
+        """Wait until the streams that it serves have just been extended: the worst moment to be killed."""
+
+    def take_over(self, streams: Sequence[str], poll_s: float) -> None:
+        """Own all these streams, left behind by a killed owner; look for them every so often."""
+        began_s = time.monotonic()
+        left, looks = set(streams), 0
+        while left := {stream for stream in left if self.acquire(stream) is None}:
+            looks += 1
+            time.sleep(max(0.0, began_s + looks * poll_s - time.monotonic()))
 
     @abstractmethod
     def close(self) -> None: ...
@@ -98,6 +117,9 @@ class Contestant(ABC):
     """As tables and charts show it."""
     not_for: ClassVar[Mapping[str, str]] = {}
     """Workloads, or `workload variant`s, that make no sense for it, and why."""
+
+    serving: ClassVar[int] = 1
+    """How many processes share the streams before one of them is killed: the heir is one, where it is a worker."""
 
     server: str = ""
     """What it runs on, with its version; known once it is started."""
@@ -118,6 +140,10 @@ class Contestant(ABC):
     @abstractmethod
     def abandon(self, streams: Sequence[str]) -> None:
         """Leave registered streams as an owner does that died: held in its name, and all expired by now. Not timed."""
+
+    def planning(self, streams: Sequence[str], workers: int) -> AbstractContextManager[Callable[[], None]]:
+        """So many workers hold the registered streams, alike many each; what plans once for one of them."""
+        raise NotImplementedError
 
     def complaints(self) -> list[str]:
         """What the server wrote to its log that should not be there, such as a deadlock."""

@@ -93,7 +93,7 @@ def measure(case: Case, contestants: Sequence[Contestant], progress: Progress) -
 
 def _last_line(error: Exception) -> str:
     """What it said last, without the paths of this machine: it is printed in the page."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line for line in str(error).strip().splitlines() if line.strip() and not line.startswith("(Background")]
     return (
         f"{type(error).__name__}: {re.sub(r'/[^ ]*/', '…/', lines[-1].strip())}"[:300]
         if lines

@@ -19,9 +19,13 @@ NOTES = {
     "herd": "leases and the floor take 250 at a time, of all that is left. Peers have no list of what is free: each of "
     "their processes is told its share, and tries no other lock, which flatters them.",
     "takeover": "The owner is killed right after a heartbeat (or a grant, where there are no heartbeats), which is "
-    "the worst moment; the heir looks every second. With leases' default TTL, and the peers' own.",
+    "the worst moment; the heir looks every second. For leases both are workers of one pool, with ten streams each "
+    "before. With leases' default TTL, and the peers' own.",
     "fenced": "One transaction after the other on one connection. leases checks the token, gives out the next numbers "
     "of the stream's `seq`, and leaves out what was written before; the floor does none of that.",
+    "plan": "100 workers, each of which holds its share. After the set-up the database has cleaned up and counted its "
+    "rows (`VACUUM ANALYZE`; `ANALYZE` on SQLite), as it does by itself in time.",
+    "crowd": "What counts is that no error reaches a caller: on SQLite all processes write to one file.",
     "memory": "Private memory of a process that owns 10,000 streams, above the same process with 10.",
 }
 

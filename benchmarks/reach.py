@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from benchmarks.contestant import POLL_S
 from benchmarks.result import Measured, Run
-from benchmarks.workload import POLL_S
 
 OURS = "leases-postgresql"
 SQLITE = "leases-sqlite"
@@ -27,7 +27,7 @@ def aims(run: Run) -> list[Aim]:
     """Every aim that the run has the figures for."""
     of_each = (aim for each in run.measured if each.workload in _RULES for aim in _RULES[each.workload](each))
     quiet = Aim("all", "no deadlock in the server's log", f"{len(run.complaints)} lines", not run.complaints)
-    return [*of_each, *linear(run), quiet]
+    return [*of_each, *linear(run), *level(run), quiet]
 
 
 def _at_least(measured: Measured, words: str, least: float, one: str = OURS, other: str = FLOOR) -> Iterator[Aim]:
@@ -96,6 +96,13 @@ def _memory(measured: Measured) -> Iterator[Aim]:
         yield Aim(measured.workload, words, f"{figure.median:.2f} KiB", figure.median <= 1.5)
 
 
+def _crowd(measured: Measured) -> Iterator[Aim]:
+    figure = next((each for each in measured.figures if each.contestant == SQLITE), None)
+    if figure is not None:
+        words = f"{measured.variant} on SQLite: no `database is locked`, nor any other error, reaches a caller"
+        yield Aim(measured.workload, words, figure.none or f"none in {len(figure.rounds)} rounds", not figure.failed)
+
+
 _RULES: dict[str, Callable[[Measured], Iterator[Aim]]] = {
     "own": _own,
     "cycle": _cycle,
@@ -103,6 +110,7 @@ _RULES: dict[str, Callable[[Measured], Iterator[Aim]]] = {
     "herd": _herd,
     "takeover": _takeover,
     "fenced": _fenced,
+    "crowd": _crowd,
     "memory": _memory,
 }
 
@@ -115,3 +123,14 @@ def linear(run: Run) -> Iterator[Aim]:
         ratio = lot.median / few.median
         words = "100,000 leases: the rate is at least 0.7 of that at 10,000 (time linear in leases)"
         yield Aim("heartbeat", words, f"{ratio:.2f}×", ratio >= 0.7)
+
+
+def level(run: Run) -> Iterator[Aim]:
+    """A planning round costs no more where there are many leases than where there are few."""
+    few, many = (run.case("plan", f"{count} leases") for count in ("1,000", "100,000"))
+    for name in (OURS, SQLITE):
+        little, lot = (case.of(name) if case else None for case in (few, many))
+        if little is not None and lot is not None:
+            ratio = lot.median / little.median
+            words = f"100,000 leases: {name} at most 1.5 times as long as with 1,000"
+            yield Aim("plan", words, f"{ratio:.2f}×", ratio <= 1.5)

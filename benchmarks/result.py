@@ -69,7 +69,7 @@ class Measured:
         Within a round both had the same machine, whatever else ran on it; so this is steadier than the figures.
         """
         one, other = self.of(contestant), self.of(to)
-        if one is None or other is None:
+        if one is None or other is None or not all((*one.rounds, *other.rounds)):
             return None
         pairs = list(zip(one.rounds, other.rounds, strict=False))
         ratios = Figure("", tuple(a / b if self.more_is_better else b / a for a, b in pairs))

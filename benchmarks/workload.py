@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.contestant import Client, Contestant, Opener
+from benchmarks.contestant import POLL_S, Client, Contestant, Opener
 from benchmarks.crew import Crew
 
 NUMBER = itertools.count(1)
@@ -52,6 +52,8 @@ WORKLOADS = {
     "herd": "10,000 leases of a dead owner have expired; 8 processes own them anew",
     "takeover": "from the SIGKILL of an owner to its 10 streams owned by another process",
     "fenced": "append events to a stream's log under the fence; the floor is the bare INSERT, without a fence",
+    "plan": "one planning round of one of 100 workers, which hold all leases: it sees the pool, and has nothing to do",
+    "crowd": "each process acquires its streams one by one, renews them all, writes an event to each and releases it",
     "memory": "what a process's memory grows by when it owns 10,000 streams",
 }
 
@@ -154,35 +156,36 @@ def herd(contestant: Contestant, count: int, clients: int, batch: int) -> Iterat
 # --- takeover ----------------------------------------------------------------------------------------------------
 
 
-def _own_until_killed(opener: Opener, names: Sequence[str], pipe: Connection) -> None:
+def _serve_until_killed(opener: Opener, names: Sequence[str], pipe: Connection) -> None:
     client = opener()
-    held = client.hold(names)
-    pipe.send(True)
-    pipe.recv()  # nobody sends
-    client.let_go(held)
+    served = client.serve(names)
+    while True:
+        pipe.send(served is not None)
+        pipe.recv()
+        client.beaten()
 
 
 @contextmanager
-def takeover(contestant: Contestant, ttl_s: float | None, poll_s: float) -> Iterator[Round]:
+def takeover(contestant: Contestant, ttl_s: float | None) -> Iterator[Round]:
     context = get_context("spawn")
     with closing(contestant.opener(ttl_s)()) as heir:
 
         def once() -> float:
-            names = streams("takeover", 10)
+            names = streams("takeover", 10 * contestant.serving)
             contestant.register(names)
             ours, theirs = context.Pipe()
-            owner = context.Process(target=_own_until_killed, args=(contestant.opener(ttl_s), names, theirs))
+            owner = context.Process(target=_serve_until_killed, args=(contestant.opener(ttl_s), names, theirs))
             owner.start()
             theirs.close()
             try:
                 ours.recv()
+                heir.stand_by(names)
+                ours.send("tell of the next heartbeat")
+                ours.recv()
             finally:
                 owner.kill()
             began = time.monotonic()
-            looks = 0
-            while heir.take_over(names) < len(names):
-                looks += 1
-                time.sleep(max(0.0, began + looks * poll_s - time.monotonic()))
+            heir.take_over(names, POLL_S)
             elapsed = time.monotonic() - began
             owner.join()
             return elapsed
@@ -216,9 +219,52 @@ def fenced(contestant: Contestant, batch: int, seconds: float) -> Iterator[Round
 
 # --- plan --------------------------------------------------------------------------------------------------------
 
-# The place of workload 7, `plan`: a planning round with 100 workers at 1,000, 10,000 and 100,000 leases. It needs
-# `leases.balance` and what a Worker reads for it; like `heartbeat` it prepares n leases of 100 owners, untimed, and a
-# round is one observation and one plan. Its line in WORKLOADS, its cases in `cases`, its rule in `reach`.
+
+@contextmanager
+def plan(contestant: Contestant, count: int, workers: int) -> Iterator[Round]:
+    names = streams("plan", count)
+    contestant.register(names)
+    with contestant.planning(names, workers) as plan_once:
+        plans = 25
+
+        def once() -> float:
+            began = time.perf_counter()
+            for _ in range(plans):
+                plan_once()
+            return (time.perf_counter() - began) / plans
+
+        yield once
+
+
+# --- crowd -------------------------------------------------------------------------------------------------------
+
+
+def crowd_for(client: Client, share: Sequence[str], seconds: float) -> int:
+    count = 0
+    numbers = itertools.count()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        held = [client.acquire(stream) for stream in share]
+        assert None not in held, "a stream of its own is held by somebody else"
+        client.renew(held)
+        for grant in held:
+            client.write(grant, {f"{grant.fencing_token}-{next(numbers)}": "written"})
+            client.release(grant)
+        count += 3 * len(share) + 1
+    return count
+
+
+@contextmanager
+def crowd(contestant: Contestant, count: int, clients: int, seconds: float) -> Iterator[Round]:
+    names = streams("crowd", count)
+    contestant.register(names)
+    with Crew(contestant.opener(), clients) as crew:
+
+        def once() -> float:
+            done = crew.do(crowd_for, [(names[n::clients], seconds) for n in range(clients)])
+            return float(sum(done.answers)) / done.elapsed_s
+
+        yield once
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -279,18 +325,21 @@ def _cases(quick: bool) -> list[Case]:
              partial(herd, count=count, clients=clients, batch=batch))
     )  # fmt: skip
     for ttl_s in (1,) if quick else (1, 5, 15):
-        result.append(
-            Case("takeover", f"ttl {ttl_s} s", "s", 1 if quick else 3, partial(takeover, ttl_s=ttl_s, poll_s=POLL_S))
-        )
+        result.append(Case("takeover", f"ttl {ttl_s} s", "s", 1 if quick else 3, partial(takeover, ttl_s=ttl_s)))
     if not quick:
-        result.append(Case("takeover", "default", "s", 1, partial(takeover, ttl_s=None, poll_s=POLL_S)))
+        result.append(Case("takeover", "default", "s", 1, partial(takeover, ttl_s=None)))
     for batch in (1, 100):
         variant = f"{batch} event{'s' if batch > 1 else ''} a transaction"
         result.append(Case("fenced", variant, "events/s", rounds, partial(fenced, batch=batch, seconds=seconds)))
+    for count in (100, 200) if quick else (1_000, 10_000, 100_000):
+        result.append(
+            Case("plan", f"{count:,} leases", "s", rounds, partial(plan, count=count, workers=10 if quick else 100))
+        )
+    count, clients = (20, 2) if quick else (400, 8)
+    result.append(
+        Case("crowd", f"{clients} processes, {count:,} streams", "operations/s", min(rounds, 7),
+             partial(crowd, count=count, clients=clients, seconds=4 * seconds))
+    )  # fmt: skip
     count = 200 if quick else 10_000
     result.append(Case("memory", f"{count:,} leases", "KiB/lease", 1 if quick else 3, partial(memory, count=count)))
     return result
-
-
-POLL_S = 1.0
-"""How often the heir of a takeover looks; each contestant's the same, also where waiting would be its own way."""

@@ -14,9 +14,11 @@ from sqlalchemy import Connection, Transaction
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 from tenacity import AsyncRetrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
+from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import READ_OPTION, create_async_engine, dedicated, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
@@ -35,10 +37,12 @@ from leases.transaction import (
     Watch,
     amethod,
     as_method,
+    attempt_alone,
     begin_fenced,
     committing,
     own,
     retry_options,
+    time_left,
     transact,
     translated,
 )
@@ -69,6 +73,7 @@ class AsyncLeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
+        self._shortcut = Shortcut(self.engine.sync_engine)
         self._looks: set[asyncio.Task[None]] = set()
         fork.tell(self)
 
@@ -87,6 +92,9 @@ class AsyncLeaseStore:
     async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R:
         """Run a function of a (sync) Connection in a transaction, through `run_sync`; see `LeaseStore.run`."""
         return await self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
+
+    async def _run_either_way(self, call: EitherWay[R]) -> R:
+        return await self._retried(call, {})
 
     @asynccontextmanager
     async def fenced(self, *leases: Lease) -> AsyncIterator[AsyncConnection]:
@@ -118,11 +126,18 @@ class AsyncLeaseStore:
                 raise
 
     async def _retried(self, call: Call[R], options: Options) -> R:
+        began_s = time.monotonic()
+        try:
+            return await self._once(call, 1, options)
+        except (StoreUnavailable, OutcomeUnknown) as error:
+            first = error
         unknown: OutcomeUnknown | None = None
         try:
-            async for attempt in AsyncRetrying(**retry_options(self.retry_for)):
+            async for attempt in AsyncRetrying(**retry_options(time_left(self.retry_for, began_s))):
                 with attempt:
                     try:
+                        if attempt.retry_state.attempt_number == 1:
+                            raise first
                         return await self._once(call, attempt.retry_state.attempt_number, options)
                     except OutcomeUnknown as error:
                         unknown = error
@@ -136,6 +151,10 @@ class AsyncLeaseStore:
 
     async def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
+        if attempt == 1 and isinstance(call, EitherWay):
+            answer: R | NotTaken = await greenlet_spawn(attempt_alone, self._shortcut, self._tables, call)
+            if answer is not NOT_TAKEN:
+                return answer
         with translated(self.url):
             async with self.engine.connect() as connection:
                 return await connection.run_sync(lambda sync: transact(sync, self._tables, call, attempt, options))
@@ -211,9 +230,9 @@ class AsyncLeaseStore:
     retire = amethod(administration.retire)
     acquire = _arecipe(recipes.acquire)
     claim = _arecipe(recipes.claim)
-    renew = amethod(operations.renew)
-    release = amethod(operations.release)
-    release_all = amethod(operations.release_all)
+    renew = amethod(operations.renew, alone=operations.renew)
+    release = amethod(operations.release, alone=operations.release, unless="checkpoint")
+    release_all = amethod(operations.release_all, alone=operations.release_all, unless="held")
     enlist = amethod(fleet.enlist)
     dismiss = amethod(fleet.dismiss)
     drain = amethod(fleet.drain)
@@ -240,6 +259,7 @@ class AsyncEventLog:
         if not isinstance(store, AsyncLeaseStore):
             raise ConfigError(f"the store must be an AsyncLeaseStore, not {type(store).__name__}")
         self.run = store.run
+        self._run_either_way = store._run_either_way
 
-    append = amethod(events.append)
+    append = amethod(events.append, alone=events.append_alone)
     read = amethod(events.read, read_only=True)

@@ -11,7 +11,7 @@ Most are SQL constructs that compile to each engine's own words, so that `statem
 | `one_of(c, rows)` | `c = ANY (ARRAY(rows))` | `c IN (rows)` |
 | `notified(text)` | `pg_notify` of it, heard when the transaction commits | nothing: there they ask in time |
 | `durably()` | turns `synchronous_commit` on where it is off | nothing: see the pragmas in `engine` |
-| `grants_asked` | arrays, unnested | one JSON text, by `json_each` |
+| `grants_asked` | two texts, made arrays and unnested | one JSON text, by `json_each` |
 | `events_offered` | one JSON text, by `json_array_elements` | one JSON text, by `json_each` |
 
 Why those clocks: `now()` of PostgreSQL freezes at the start of the caller's transaction, which would shorten a
@@ -34,6 +34,7 @@ from sqlalchemy import (
     Double,
     FromClause,
     Select,
+    Subquery,
     Text,
     bindparam,
     cast,
@@ -238,8 +239,10 @@ def _(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
 def grants_asked(dialect: str) -> FromClause:
     """A batch of grants as rows `(stream_id, fencing_token)`; its parameters come from `grants_given`."""
     if dialect == POSTGRESQL:
+        # Two texts, not two arrays: psycopg escapes an array's elements in Python, one by one.
+        stream_ids = func.string_to_array(bindparam("stream_ids", type_=Text), literal_column("chr(31)"))
         return (
-            func.unnest(bindparam("stream_ids", type_=ARRAY(Text)), bindparam("tokens", type_=ARRAY(BigInteger)))
+            func.unnest(stream_ids, cast(bindparam("tokens", type_=Text), ARRAY(BigInteger)))
             .table_valued(column("stream_id", Text), column("fencing_token", BigInteger), name="asked")
             .render_derived()
         )
@@ -254,11 +257,16 @@ def grants_asked(dialect: str) -> FromClause:
     )
 
 
+SEPARATOR = chr(31)
+
+
 def grants_given(dialect: str, leases: Iterable[Lease]) -> Mapping[str, Any]:
     """The parameters of `grants_asked`, in the order of stream_id, so that no two batches lock in opposite orders."""
     ordered = sorted((lease.stream_id, lease.fencing_token) for lease in leases)
     if dialect == POSTGRESQL:
-        return {"stream_ids": [pair[0] for pair in ordered], "tokens": [pair[1] for pair in ordered]}
+        # No name holds the separator, which is a control character.
+        tokens = ",".join(str(pair[1]) for pair in ordered)
+        return {"stream_ids": SEPARATOR.join(pair[0] for pair in ordered), "tokens": f"{{{tokens}}}"}
     return {"grants": json.dumps(ordered)}
 
 
@@ -301,7 +309,7 @@ def endings_given(dialect: str, endings: Iterable[Ending]) -> Mapping[str, Any]:
 
 
 @cache
-def events_offered(dialect: str) -> FromClause:
+def events_offered(dialect: str) -> Subquery:
     """A batch of events as rows `(event_id, payload, position)`; its parameters come from `events_given`."""
     if dialect == POSTGRESQL:
         # One text, not an array of texts: psycopg escapes an array's elements in Python, one by one. And json, whose
@@ -324,6 +332,21 @@ def events_offered(dialect: str) -> FromClause:
             each.c.key.label("position"),
         ).select_from(each)
     return rows.subquery("offered")
+
+
+ONE = "one"
+"""The name of `event_offered`, as a row."""
+
+
+@cache
+def event_offered() -> Subquery:
+    """One event as such a row, of the parameters `event_id` and `payload`: without a batch's cost (PostgreSQL)."""
+    payload = cast(bindparam("payload", type_=Text), Document)
+    return select(
+        cast(bindparam("event_id"), Text).label("event_id"),
+        payload.label("payload"),
+        literal_column("1").label("position"),
+    ).subquery(ONE)
 
 
 def events_given(dialect: str, events: Sequence[tuple[str, str]]) -> Mapping[str, Any]:

@@ -6,20 +6,35 @@ left out, and a takeover resumes at the checkpoint that was committed with the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    Insert,
+    Select,
+    Subquery,
+    bindparam,
+    func,
+    insert,
+    null,
+    select,
+    true,
+    union_all,
+)
 from sqlalchemy.sql.dml import ReturningInsert
 
 from leases import dialects, limits
-from leases.dialects import events_offered, now
-from leases.fencing import fence, named
+from leases.dialects import ONE, POSTGRESQL, event_offered, events_offered, now
+from leases.fencing import fence, fenced_row, named, stale
 from leases.model import JSON, Appended, Event, Lease, RecordedEvent
 from leases.operations import put_checkpoint
 from leases.schema import lease_events
-from leases.statements import DURABLE, STREAM, TOKEN
+from leases.statements import DURABLE, STREAM, TOKEN, put_checkpoint_of
+from leases.types import Document
 
 
 def append(
@@ -35,6 +50,43 @@ def append(
     earlier in this batch) is left out, and named in the answer: so a repeated call is harmless. `StaleToken` if the
     lease is not live: the transaction is then rolled back. All events of the batch commit, or none.
     """
+    offered, duplicates = _offered(events, checkpoint)
+    fence(connection, lease)
+    dialect = dialects.name_of(connection)
+    given = dialects.events_given(dialect, list(offered.items()))
+    new = {row.event_id: row.seq for row in connection.execute(_append(dialect), {**named(lease), **given})}
+    if checkpoint is not None:
+        put_checkpoint(connection, lease, checkpoint)
+    last_seq = max(new.values(), default=0) or connection.execute(LAST_SEQ, {"stream": lease.stream_id}).scalar_one()
+    return _appended(offered, duplicates, new, last_seq)
+
+
+def append_alone(
+    connection: Connection,
+    lease: Lease,
+    events: Iterable[Event] | Mapping[str, JSON],
+    *,
+    checkpoint: JSON = None,
+) -> Appended:
+    """`append` as a transaction of its own: the fence, the events and the checkpoint in one statement (PostgreSQL)."""
+    offered, duplicates = _offered(events, checkpoint)
+    version = (connection.dialect.server_version_info or (13,))[0]
+    given = list(offered.items())
+    statement = _append_fenced(version, len(given) == 1, checkpoint is not None)
+    values: dict[str, Any] = {**named(lease), "position": checkpoint}
+    if len(given) == 1:
+        ((values["event_id"], values["payload"]),) = given
+    else:
+        values.update(dialects.events_given(POSTGRESQL, given))
+    rows = connection.execute(statement, values).all()
+    if not rows:
+        raise stale(connection, lease)
+    new = {row.event_id: row.seq for row in rows if row.event_id is not None}
+    return _appended(offered, duplicates, new, max(row.seq for row in rows))
+
+
+def _offered(events: Iterable[Event] | Mapping[str, JSON], checkpoint: JSON) -> tuple[dict[str, str], list[str]]:
+    """The events by event_id, as JSON text, and which of them came once more; `ConfigError` if one cannot be stored."""
     offered: dict[str, str] = {}
     duplicates = []
     for event_id, payload in limits.events(events):
@@ -44,15 +96,12 @@ def append(
             offered[event_id] = payload
     if checkpoint is not None:
         limits.document("checkpoint", checkpoint)
-    fence(connection, lease)
-    dialect = dialects.name_of(connection)
-    given = dialects.events_given(dialect, list(offered.items()))
-    new = {row.event_id: row.seq for row in connection.execute(_append(dialect), {**named(lease), **given})}
-    if checkpoint is not None:
-        put_checkpoint(connection, lease, checkpoint)
-    last_seq = max(new.values(), default=0) or connection.execute(LAST_SEQ, {"stream": lease.stream_id}).scalar_one()
-    duplicates += [event_id for event_id in offered if event_id not in new]
-    return Appended(len(new), tuple(duplicates), last_seq)
+    return offered, duplicates
+
+
+def _appended(offered: Iterable[str], duplicates: Iterable[str], new: Collection[str], last_seq: int) -> Appended:
+    known = [event_id for event_id in offered if event_id not in new]
+    return Appended(len(new), (*duplicates, *known), last_seq)
 
 
 def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: int = 1000) -> list[RecordedEvent]:
@@ -77,16 +126,20 @@ def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: i
 # --- its statements ----------------------------------------------------------------------------------------------
 
 
-@cache
-def _append(dialect: str) -> ReturningInsert[Any]:
-    """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`."""
-    offered = events_offered(dialect)
-    last = (
+def _last() -> CTE:
+    return (
         select(func.coalesce(func.max(lease_events.c.seq), 0).label("seq"))
         .where(lease_events.c.stream_id == STREAM)
         .cte("last")
         .prefix_with("MATERIALIZED")
     )
+
+
+def _inserted(offered: Subquery, last: CTE, fenced: CTE | None = None) -> Insert:
+    """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`.
+
+    All of them come from the row of the fence, if there is one in the statement: without that row there is nothing.
+    """
     # A scalar, not an EXISTS: of that the planner makes a join, which, while it has no statistics, compares each event
     # that is offered with all of the stream. A scalar is looked up by its key, whatever the planner believes.
     known = (
@@ -96,21 +149,53 @@ def _append(dialect: str) -> ReturningInsert[Any]:
     )
     fresh = (
         select(
-            STREAM,
+            STREAM if fenced is None else fenced.c.stream_id,
             offered.c.event_id,
-            select(last.c.seq).scalar_subquery() + func.row_number().over(order_by=offered.c.position),
+            select(last.c.seq).scalar_subquery() + _place(offered),
             TOKEN,
             now(),
             offered.c.payload,
         )
+        .select_from(offered if fenced is None else fenced.join(offered, true()))
         .where(known.is_(None))
         .order_by(offered.c.position)
     )
-    return (
-        insert(lease_events)
-        .from_select(["stream_id", "event_id", "seq", "fencing_token", "recorded_at", "payload"], fresh)
-        .returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
+    return insert(lease_events).from_select(
+        ["stream_id", "event_id", "seq", "fencing_token", "recorded_at", "payload"], fresh
     )
+
+
+def _place(offered: Subquery) -> ColumnElement[int]:
+    """The place of an event among those that are new; of one alone it is known."""
+    return offered.c.position if offered.name == ONE else func.row_number().over(order_by=offered.c.position)
+
+
+@cache
+def _append(dialect: str) -> ReturningInsert[Any]:
+    """The events, in a transaction that has fenced before."""
+    return _inserted(events_offered(dialect), _last()).returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
+
+
+@cache
+def _append_fenced(postgresql_version: int, single: bool, with_checkpoint: bool) -> Select[Any]:
+    """The fence, the events and the checkpoint in one statement (PostgreSQL).
+
+    Answers with the stream's last number before, its event_id null, and a row for each event; with nothing if the
+    fence has refused. The statement's view of the stream is as old as its beginning, and the lock may have been waited
+    for. But nobody else can have appended meanwhile: under an earlier grant all has been committed before this
+    one was made, under a later one this fence refuses. Two appends under one grant can meet; then the keys of
+    `lease_events` let one of them begin again.
+    """
+    fenced, last = fenced_row(postgresql_version), _last()
+    offered = event_offered() if single else events_offered(POSTGRESQL)
+    new = _inserted(offered, last, fenced).returning(lease_events.c.event_id, lease_events.c.seq).cte("new")
+    before = select(null().label("event_id"), last.c.seq).select_from(fenced.join(last, true()))
+    answer = union_all(before, select(new.c.event_id, new.c.seq)).subquery("answer")
+    statement = select(answer.c.event_id, answer.c.seq)
+    if with_checkpoint:
+        position = select(fenced.c.stream_id, TOKEN, bindparam("position", type_=Document), now())
+        statement = statement.add_cte(put_checkpoint_of(position).cte("put"))
+    return statement
 
 
 LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)

@@ -34,6 +34,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     Boolean,
     Column,
     ColumnElement,
@@ -60,7 +61,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from leases import dialects, limits
-from leases.dialects import now, seconds, seconds_of, wall
+from leases.dialects import durably, now, seconds, seconds_of, wall
 from leases.errors import ConfigError, StaleToken
 from leases.model import Lease
 from leases.schema import Whole, leases
@@ -95,11 +96,18 @@ def named(lease: Lease) -> dict[str, Any]:
     return {"stream": lease.stream_id, "token": lease.fencing_token, "holder": lease.owner}
 
 
-def refused(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
-    """Roll the transaction back, and return the error that says who is current."""
+def stale(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
+    """The error that says who is current."""
     current = connection.execute(
         select(owners.c.fencing_token, owners.c.owner).where(owners.c.stream_id == lease.stream_id)
     ).one_or_none()
+    token, owner = current if current is not None else (None, None)
+    return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
+
+
+def refused(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
+    """Roll the transaction back, and return the error that says who is current."""
+    error = stale(connection, lease, owners)
     transaction = connection.get_transaction()
     if transaction is not None:
         # Rolled back, but left in its place, as SQLAlchemy leaves one whose COMMIT failed: until its user rolls it back
@@ -107,8 +115,7 @@ def refused(connection: Connection, lease: Lease, owners: Table = leases) -> Sta
         # would let that happen, and the ORM's Session would warn that it cannot roll back once more.
         transaction._connection_rollback_impl()
         transaction._deactivate_from_connection()
-    token, owner = current if current is not None else (None, None)
-    return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
+    return error
 
 
 def _fence_postgresql(connection: Connection, grant: dict[str, Any]) -> bool:
@@ -144,6 +151,39 @@ def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
 TRANSACTION_TIMEOUT = "transaction_timeout"
 
 
+def _held() -> CTE:
+    """The grant's row, if it is current, under a lock that lets no other grant commit before this transaction ends."""
+    return (
+        select(leases.c.stream_id, leases.c.expires_at)
+        .where(MINE)
+        .with_for_update(read=True, key_share=True)
+        .cte("held")
+        .prefix_with("MATERIALIZED")
+    )
+
+
+def _left(held: CTE) -> CTE:
+    """How many seconds are left of it, by the clock as it is after the lock."""
+    return (
+        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s"))
+        .cte("remaining")
+        .prefix_with("MATERIALIZED")
+    )
+
+
+@cache
+def fenced_row(postgresql_version: int) -> CTE:
+    """The fence of one grant within a statement that is a transaction of its own: one row if it passes (PostgreSQL).
+
+    What the statement writes must come from this row: so it is locked, and found to be current, before. The lock is
+    held until the statement has committed. A statement cannot idle; from version 17 on it also ends with the lease.
+    """
+    left = _left(_held())
+    limits = [_shortened(TRANSACTION_TIMEOUT, left.c.left_s).label(TRANSACTION_TIMEOUT)] * (postgresql_version >= 17)
+    row = select(left.c.stream_id, durably().label("durable"), *limits).where(left.c.left_s > 0)
+    return row.cte("fenced").prefix_with("MATERIALIZED")
+
+
 @cache
 def _check(postgresql_version: int) -> Select[Any]:
     """Check one grant under a lock that lets no other grant commit before this transaction ends (PostgreSQL).
@@ -153,18 +193,7 @@ def _check(postgresql_version: int) -> Select[Any]:
     lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
     that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
     """
-    held = (
-        select(leases.c.stream_id, leases.c.expires_at)
-        .where(MINE)
-        .with_for_update(read=True, key_share=True)
-        .cte("held")
-        .prefix_with("MATERIALIZED")
-    )
-    checked = (
-        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s"))
-        .cte("checked")
-        .prefix_with("MATERIALIZED")
-    )
+    checked = _left(_held())
     same = leases.alias("same")
     locker = (
         select(literal_column("same.xmax = pg_current_xact_id()::xid", Boolean))

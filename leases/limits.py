@@ -105,7 +105,25 @@ def lease(value: Lease) -> Lease:
 
 def leases(values: Iterable[Lease]) -> list[Lease]:
     """Return a list of the leases, if each can be a grant."""
-    return [lease(value) for value in _many("leases", values)]
+    given = list(_many("leases", values))
+    return given if _sound(given) else [lease(value) for value in given]
+
+
+def _sound(given: list[Any]) -> bool:
+    """Whether all leases of a batch can be grants, looked at as a whole: a heartbeat has tens of thousands of them."""
+    if any(type(value) is not Lease for value in given):
+        return False
+    names = [value.stream_id for value in given] + [value.owner for value in given]
+    tokens = [value.fencing_token for value in given]
+    return (
+        all(type(name) is str for name in names)
+        and all(type(token) is int for token in tokens)
+        and all(map(str.isprintable, names))
+        and min(map(len, names), default=1) >= 1
+        and max(map(len, names), default=1) <= 255
+        and min(tokens, default=0) >= 0
+        and max(tokens, default=0) <= MAX_TOKEN
+    )
 
 
 def endings(values: Iterable[Ending]) -> list[Ending]:

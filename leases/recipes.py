@@ -21,6 +21,7 @@ from uuid import UUID, uuid4, uuid5
 from sqlalchemy import Connection
 
 from leases import administration, limits, operations
+from leases.direct import EitherWay
 from leases.model import DEFAULT_POOL, Lease, Observed, Pruned
 
 Clock = Callable[[], float]
@@ -28,7 +29,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Do:
-    """Run a call in a transaction of its own; `call(connection, attempt)`, the first attempt is 1."""
+    """Run a call in a transaction of its own; `call(connection, attempt)`, the first attempt is 1.
+
+    One that is an `EitherWay` may run without a transaction around its statements.
+    """
 
     call: Callable[[Connection, int], Any]
 
@@ -84,7 +88,7 @@ def acquire(
 
     pause_s = 0.02
     while True:
-        lease: Lease | None = yield Do(attempt)
+        lease: Lease | None = yield Do(EitherWay(attempt, attempt))
         left_s = give_up_at - clock()
         if lease is not None or left_s <= 0:
             return lease
@@ -116,7 +120,8 @@ def claim(
         before_send()
         return call(connection, repeated=repeated or number > 1)
 
-    granted: list[Lease] = yield Do(attempt)
+    # The count that a worker tells of is changed in the same moment: that takes a transaction.
+    granted: list[Lease] = yield Do(attempt if held is not None else EitherWay(attempt, attempt))
     return granted
 
 

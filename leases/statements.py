@@ -301,14 +301,25 @@ def renew(dialect: str) -> Select[Any] | ReturningUpdate[Any]:
     )
     own = OWN_ROW.cte("own").prefix_with("MATERIALIZED")
     worker = BEAT.where(lease_workers.c.worker_id == own.c.worker_id).returning(lease_workers.c.worker_id).cte("worker")
+    # Nearly always all is as hoped. Counts tell, and then nothing is gone through again to find what is not.
+    counts = (
+        select(func.count().label("renewed"), func.count(renewed.c.ending).label("ending"))
+        .cte("counts")
+        .prefix_with("MATERIALIZED")
+    )
+    as_hoped = select(counts.c.renewed - counts.c.ending).scalar_subquery()
     otherwise = (
         select(asked.c.stream_id, renewed.c.stream_id.is_not(None).label("renewed"), renewed.c.ending)
         .select_from(asked.outerjoin(renewed, renewed.c.stream_id == asked.c.stream_id))
-        .where(or_(renewed.c.stream_id.is_(None), renewed.c.ending.is_not(None)))
+        .where(
+            as_hoped < select(func.count()).select_from(asked).scalar_subquery(),
+            or_(renewed.c.stream_id.is_(None), renewed.c.ending.is_not(None)),
+        )
     )
     known = select(null(), exists(select(worker.c.worker_id)), null())
     stray = strays(dialect).subquery("stray")
-    unasked = select(stray.c.stream_id, null(), null())
+    held = select(func.count()).where(leases.c.owner == HOLDER).scalar_subquery()
+    unasked = select(stray.c.stream_id, null(), null()).where(select(counts.c.renewed).scalar_subquery() < held)
     return select(union_all(otherwise, unasked, known).subquery("answer"), DURABLE)
 
 
@@ -349,7 +360,20 @@ def _let_go(backoff: ColumnElement[float], error: ColumnElement[str | None]) -> 
     )
 
 
-_LET_GO = (leases.c.stream_id, freed(leases.c.pool).label("notified"))
+_AWAITED = exists().where(
+    ALIVE,
+    or_(
+        lease_workers.c.pool == leases.c.pool,
+        and_(lease_workers.c.pool.is_(None), lease_workers.c.worker_id != HOLDER),
+    ),
+)
+"""Whether anybody may be waiting for a stream of the pool: a worker of it, or another process that competes for none.
+
+PostgreSQL lets only one transaction that notifies commit at a time, its wait for the disk included. Where all take and
+release streams that nobody waits for, that would be most of what a release costs.
+"""
+
+_LET_GO = (leases.c.stream_id, case((_AWAITED, freed(leases.c.pool))).label("notified"))
 
 RELEASE = _let_go(bindparam("backoff", type_=Double), bindparam("error", type_=Text)).where(MINE).returning(*_LET_GO)
 """Let one grant go. The token stays. Does not wait for fenced writes in flight: they commit before the next grant."""
@@ -389,6 +413,17 @@ RECOVER = (
 
 
 # --- checkpoint --------------------------------------------------------------------------------------------------
+
+
+def put_checkpoint_of(rows: Select[Any]) -> ReturningInsert[Any]:
+    """Write the checkpoints of rows `(stream_id, fencing_token, checkpoint, now)`; those of a later token stay."""
+    columns = ("stream_id", "fencing_token", "checkpoint", "updated_at")
+    build = postgresql.insert(lease_checkpoints).from_select(columns, rows)
+    return build.on_conflict_do_update(
+        index_elements=[lease_checkpoints.c.stream_id],
+        set_={name: build.excluded[name] for name in columns[1:]},
+        where=lease_checkpoints.c.fencing_token <= build.excluded.fencing_token,
+    ).returning(lease_checkpoints.c.fencing_token, DURABLE)
 
 
 def _put_checkpoint() -> Any:

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tenacity import Retrying
 
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
+from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import READ_OPTION, create_engine, describe
 from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
@@ -41,11 +42,13 @@ from leases.transaction import (
     Tables,
     Watch,
     as_method,
+    attempt_alone,
     begin_fenced,
     committing,
     method,
     own,
     retry_options,
+    time_left,
     transact,
     translated,
 )
@@ -88,6 +91,7 @@ class LeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
+        self._shortcut = Shortcut(self.engine)
         fork.tell(self)
 
     def migrate(self) -> tuple[str | None, str]:
@@ -103,6 +107,9 @@ class LeaseStore:
         beginning, unless it is `read_only`: then it waits for nobody.
         """
         return self._retried(lambda connection, _: call(connection), {READ_OPTION: True} if read_only else {})
+
+    def _run_either_way(self, call: EitherWay[R]) -> R:
+        return self._retried(call, {})
 
     @contextmanager
     def fenced(self, *leases: Lease) -> Iterator[Connection]:
@@ -130,11 +137,18 @@ class LeaseStore:
                 raise
 
     def _retried(self, call: Call[R], options: Options) -> R:
+        began_s = time.monotonic()
+        try:
+            return self._once(call, 1, options)
+        except (StoreUnavailable, OutcomeUnknown) as error:
+            first = error
         unknown: OutcomeUnknown | None = None
         try:
-            for attempt in Retrying(**retry_options(self.retry_for)):
+            for attempt in Retrying(**retry_options(time_left(self.retry_for, began_s))):
                 with attempt:
                     try:
+                        if attempt.retry_state.attempt_number == 1:
+                            raise first
                         return self._once(call, attempt.retry_state.attempt_number, options)
                     except OutcomeUnknown as error:
                         unknown = error
@@ -148,6 +162,10 @@ class LeaseStore:
 
     def _once(self, call: Call[R], attempt: int, options: Options) -> R:
         self._tables.check_file()
+        if attempt == 1 and isinstance(call, EitherWay):
+            answer: R | NotTaken = attempt_alone(self._shortcut, self._tables, call)
+            if answer is not NOT_TAKEN:
+                return answer
         with translated(self.url), self.engine.connect() as connection:
             return transact(connection, self._tables, call, attempt, options)
 
@@ -210,9 +228,9 @@ class LeaseStore:
     retire = method(administration.retire)
     acquire = _recipe(recipes.acquire)
     claim = _recipe(recipes.claim)
-    renew = method(operations.renew)
-    release = method(operations.release)
-    release_all = method(operations.release_all)
+    renew = method(operations.renew, alone=operations.renew)
+    release = method(operations.release, alone=operations.release, unless="checkpoint")
+    release_all = method(operations.release_all, alone=operations.release_all, unless="held")
     enlist = method(fleet.enlist)
     dismiss = method(fleet.dismiss)
     drain = method(fleet.drain)
@@ -239,6 +257,7 @@ class EventLog:
         if not isinstance(store, LeaseStore):
             raise ConfigError(f"the store must be a LeaseStore, not {type(store).__name__}")
         self.run = store.run
+        self._run_either_way = store._run_either_way
 
-    append = method(events.append)
+    append = method(events.append, alone=events.append_alone)
     read = method(events.read, read_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,8 +21,9 @@ from tenacity import retry_if_exception_type, stop_after_delay, wait_random_expo
 
 from leases import administration, limits, migrate, recipes, views
 from leases.dialects import POSTGRESQL, SQLITE, require_supported
+from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import BUSY_OPTION, BUSY_TIMEOUT_MS, PATIENCE_OPTION, as_writer, describe
-from leases.errors import ConfigError, LeaseHeld, OutcomeUnknown, StoreUnavailable
+from leases.errors import ConfigError, LeaseHeld, LeasesError, OutcomeUnknown, StoreUnavailable
 from leases.faults import ENDED_STATES, TIMED_OUT_STATES, check_file, is_busy, is_disconnect, sqlstate, translate
 from leases.fencing import fence
 from leases.model import Blocker, Lease
@@ -124,16 +126,36 @@ def committing(url: URL) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        if sqlstate(error) in ENDED_STATES:
-            raise StoreUnavailable(
-                f"{describe(url)} has ended the transaction at its time limit, before COMMIT: nothing of it is kept"
-            ) from None
-        if is_disconnect(error):
-            raise OutcomeUnknown(
-                f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
-                "ask again with the same key, or look"
-            ) from None
-        raise translate(error, url) from None
+        raise committed_or_not(error, url) from None
+
+
+def committed_or_not(error: SQLAlchemyError, url: URL) -> LeasesError:
+    """Make one of our errors of what came in place of an answer to a COMMIT, or to a statement that is one."""
+    if sqlstate(error) in ENDED_STATES:
+        return StoreUnavailable(
+            f"{describe(url)} has ended the transaction at its time limit, before COMMIT: nothing of it is kept"
+        )
+    if is_disconnect(error):
+        return OutcomeUnknown(
+            f"the connection to {describe(url)} broke during COMMIT: it may or may not have happened; "
+            "ask again with the same key, or look"
+        )
+    return translate(error, url)
+
+
+def attempt_alone(shortcut: Shortcut, tables: Tables, call: EitherWay[R]) -> R | NotTaken:
+    """Run a call without a transaction around its statements, unless one has to be."""
+    if not tables.checked:
+        return NOT_TAKEN
+    try:
+        return shortcut.attempt(call)
+    except SQLAlchemyError as error:
+        raise committed_or_not(error, tables.url) from None
+
+
+def time_left(retry_for: timedelta, began_s: float) -> timedelta:
+    """What is left of the time in which an operation is tried again, after its first try."""
+    return max(timedelta(0), retry_for - timedelta(seconds=time.monotonic() - began_s))
 
 
 class Tables:
@@ -142,17 +164,17 @@ class Tables:
     def __init__(self, url: URL, schema: str | None) -> None:
         self.url = url
         self._schema = schema
-        self._checked = False
+        self.checked = False
 
     def check_file(self) -> None:
         """Refuse a SQLite file that is not there: to connect would create it."""
-        if not self._checked:
+        if not self.checked:
             check_file(self.url, create=False)
 
     def check(self, connection: Connection) -> None:
-        if not self._checked:
+        if not self.checked:
             migrate.check(connection, self._schema)
-            self._checked = True
+            self.checked = True
 
 
 class Watch:
@@ -211,9 +233,13 @@ class Watch:
 class Runs(Protocol):
     def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R: ...
 
+    def _run_either_way(self, call: EitherWay[R]) -> R: ...
+
 
 class RunsAsync(Protocol):
     async def run(self, call: Callable[[Connection], R], *, read_only: bool = False) -> R: ...
+
+    async def _run_either_way(self, call: EitherWay[R]) -> R: ...
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -244,32 +270,58 @@ def as_method(function: Callable[..., Any]) -> Callable[[F], F]:
     return decorate
 
 
+Operation = Callable[Concatenate[Connection, P], R]
+
+
 def method(
-    operation: Callable[Concatenate[Connection, P], R], *, read_only: bool = False
+    operation: Operation[P, R],
+    *,
+    read_only: bool = False,
+    alone: Operation[P, R] | None = None,
+    unless: str = "",
 ) -> Callable[Concatenate[Runs, P], R]:
-    """Make a method of an operation: the same arguments, in a transaction of its own."""
+    """Make a method of an operation: the same arguments, in a transaction of its own.
+
+    `alone` is the operation for where each of its statements may be a transaction, `unless` the argument with which
+    they may not.
+    """
 
     @as_method(operation)
     def run(store: Runs, /, *args: P.args, **kwargs: P.kwargs) -> R:
         given: Any = [repeatable(value) for value in args]
         named: Any = {name: repeatable(value) for name, value in kwargs.items()}
+        if alone is not None and named.get(unless) is None:
+            return store._run_either_way(either_way(operation, alone, given, named))
         return store.run(lambda connection: operation(connection, *given, **named), read_only=read_only)
 
     return run
 
 
 def amethod(
-    operation: Callable[Concatenate[Connection, P], R], *, read_only: bool = False
+    operation: Operation[P, R],
+    *,
+    read_only: bool = False,
+    alone: Operation[P, R] | None = None,
+    unless: str = "",
 ) -> Callable[Concatenate[RunsAsync, P], Coroutine[Any, Any, R]]:
-    """Make a coroutine method of an operation: the same arguments, in a transaction of its own."""
+    """Make a coroutine method of an operation, as `method` does."""
 
     @as_method(operation)
     async def run(store: RunsAsync, /, *args: P.args, **kwargs: P.kwargs) -> R:
         given: Any = [repeatable(value) for value in args]
         named: Any = {name: repeatable(value) for name, value in kwargs.items()}
+        if alone is not None and named.get(unless) is None:
+            return await store._run_either_way(either_way(operation, alone, given, named))
         return await store.run(lambda connection: operation(connection, *given, **named), read_only=read_only)
 
     return run
+
+
+def either_way(within: Callable[..., R], alone: Callable[..., R], given: Any, named: Any) -> EitherWay[R]:
+    return EitherWay(
+        lambda connection, _: within(connection, *given, **named),
+        lambda connection, _: alone(connection, *given, **named),
+    )
 
 
 Recipe = Callable[Concatenate[recipes.Clock, P], Generator[Step, Any, R]]

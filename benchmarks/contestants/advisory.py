@@ -12,13 +12,12 @@ from typing import Any, ClassVar
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from benchmarks.contestant import AT_ITS_DEFAULT, Client, Contestant, Opener, needed
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, Client, Contestant, Opener, needed
 from benchmarks.servers import Servers
 
 
 class AdvisoryClient(Client):
     def __init__(self, url: str) -> None:
-        super().__init__()
         self.lock = needed("sqlalchemy_dlock", "sqlalchemy-dlock").create_sadlock
         self.engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
         self.connection = self.engine.connect()
@@ -53,6 +52,7 @@ class Advisory(Contestant):
     durability = "memory: gone with its connection"
     not_for: ClassVar[Mapping[str, str]] = {
         **AT_ITS_DEFAULT,
+        **OF_LEASES,
         "heartbeat": "its connection keeps all locks, and there is no expiry",
         "herd": "its locks do not expire: they are gone with their owner's connection",
         "fenced": "it has no fencing token",

@@ -15,7 +15,7 @@ from uuid import uuid4
 import psycopg
 from psycopg.types.json import Jsonb
 
-from benchmarks.contestant import TTL_S, Client, Opener, pool_of
+from benchmarks.contestant import OF_LEASES, TTL_S, Client, Opener, pool_of
 from benchmarks.contestants.leases_store import LeasesOnPostgreSQL
 
 _GRANT = """
@@ -92,7 +92,6 @@ Grant = tuple[str, int]
 
 class BareClient(Client):
     def __init__(self, dsn: str, ttl_s: float) -> None:
-        super().__init__()
         self.connection = psycopg.connect(dsn, autocommit=True, prepare_threshold=0)
         self.ttl_s = ttl_s
         self.owner = f"bare-{uuid4().hex}"
@@ -152,6 +151,7 @@ class Bare(LeasesOnPostgreSQL):
     database = "bare_bench"
 
     not_for: ClassVar[Mapping[str, str]] = {
+        **OF_LEASES,
         "takeover": "it has no heartbeat of its own",
         "memory": "it keeps nothing but a list of names",
     }

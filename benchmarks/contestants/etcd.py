@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from benchmarks.contestant import AT_ITS_DEFAULT, TTL_S, Client, Contestant, Opener
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Client, Contestant, Opener
 from benchmarks.servers import Servers
 
 DEFAULT_TTL_S = 60
@@ -23,7 +23,6 @@ DEFAULT_TTL_S = 60
 
 class EtcdClient(Client):
     def __init__(self, port: int, ttl_s: float | None) -> None:
-        super().__init__()
         self.port = port
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         self.ttl_s = int(DEFAULT_TTL_S if ttl_s is None else ttl_s)
@@ -87,6 +86,7 @@ class Etcd(Contestant):
     durability = "fsync"
     not_for: ClassVar[Mapping[str, str]] = {
         **AT_ITS_DEFAULT,
+        **OF_LEASES,
         "heartbeat": "one keep-alive renews all keys of a process, however many",
         "fenced": "its revisions fence only what is written to etcd",
     }

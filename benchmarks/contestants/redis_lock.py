@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from benchmarks.contestant import AT_ITS_DEFAULT, TTL_S, Client, Contestant, Opener, needed
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Client, Contestant, Opener, needed
 from benchmarks.servers import Servers
 
 UNFENCED = "it has no fencing token"
@@ -27,7 +27,6 @@ class RedisClient(Client):
     """redis-py's Lock, one for each stream."""
 
     def __init__(self, port: int, ttl_s: float | None) -> None:
-        super().__init__()
         self.redis = needed("redis", "redis").Redis(host="127.0.0.1", port=port)
         self.ttl_s = ttl_s
 
@@ -61,6 +60,7 @@ class RedisLock(Contestant):
     durability = "memory"
     not_for: ClassVar[Mapping[str, str]] = {
         **AT_ITS_DEFAULT,
+        **OF_LEASES,
         "takeover": "never: by its default a lock has no timeout, and a dead owner keeps it",
         "fenced": UNFENCED,
     }
@@ -81,7 +81,6 @@ class RedlockClient(Client):
     """pottery's Redlock. It asks its servers by a pool of threads, as the library does."""
 
     def __init__(self, ports: Sequence[int], ttl_s: float | None) -> None:
-        super().__init__()
         redis, self.pottery = needed("redis", "redis"), needed("pottery", "pottery")
         self.masters = {redis.Redis(host="127.0.0.1", port=port) for port in ports}
         self.options = {} if ttl_s is None else {"auto_release_time": ttl_s}
@@ -117,6 +116,7 @@ class Redlock(Contestant):
     durability = "memory"
     not_for: ClassVar[Mapping[str, str]] = {
         **AT_ITS_DEFAULT,
+        **OF_LEASES,
         "heartbeat 100,000 leases": "minutes for each round; see its rate at 10,000",
         "fenced": UNFENCED,
     }

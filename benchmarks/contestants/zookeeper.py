@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from benchmarks.contestant import AT_ITS_DEFAULT, TTL_S, Client, Contestant, Opener, needed, pool_of
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Client, Contestant, Opener, needed, pool_of
 from benchmarks.servers import Servers
 
 
 class ZooKeeperClient(Client):
     def __init__(self, port: int, ttl_s: float | None) -> None:
-        super().__init__()
         options = {} if ttl_s is None else {"timeout": ttl_s}
         self.client = needed("kazoo.client", "kazoo").KazooClient(hosts=f"127.0.0.1:{port}", **options)
         self.client.start(30)
@@ -51,6 +50,7 @@ class ZooKeeper(Contestant):
     durability = "fsync"
     not_for: ClassVar[Mapping[str, str]] = {
         **AT_ITS_DEFAULT,
+        **OF_LEASES,
         "heartbeat": "one ping keeps all locks of a process, however many",
         "fenced": "it has no fence",
     }

@@ -145,7 +145,10 @@ def test_without_the_fence_the_frozen_workers_write_is_accepted_and_the_proof_sa
     site.mkdir()
     # Python imports it in each process: the workers' log lets every write pass.
     (site / "sitecustomize.py").write_text(
-        "import leases.events\nleases.events.fence = lambda connection, lease: None\n"
+        "from sqlalchemy import select\n"
+        "from leases import events, statements\n"
+        "events.fence = lambda connection, lease: None\n"
+        "events.fenced_row = lambda version: select(statements.STREAM.label('stream_id')).cte('fenced')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(site))
     done = demo("--url", url, "--json", "--workers", "3")

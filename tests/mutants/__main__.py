@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.mutants import layers
@@ -117,6 +119,7 @@ def main() -> int:
     parser.add_argument("--layer", action="append", metavar="LAYER", help="try these layers, whatever a mutant says")
     parser.add_argument("--in-all", action="store_true", help="go on when a mutant is caught: which layers see it?")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the layers without a mutant, too")
+    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="try so many mutants at a time")
     parser.add_argument("--verbose", action="store_true", help="show the end of what each layer said")
     given = parser.parse_args()
     try:
@@ -134,9 +137,10 @@ def main() -> int:
     lines = ["| mutant | what it breaks | caught by | seconds | command |", "| --- | --- | --- | --- | --- |"]
     missed = []
     used = []
-    for number, mutant in enumerate(mutants, start=1):
-        print(f"{number:3}/{len(mutants)} {mutant.name} …", end=" ", flush=True)
-        runs = try_out(mutant, in_all=given.in_all)
+    pool = ThreadPoolExecutor(given.jobs)
+    tried = pool.map(partial(try_out, in_all=given.in_all), mutants)
+    for number, (mutant, runs) in enumerate(zip(mutants, tried, strict=True), start=1):
+        print(f"{number:3}/{len(mutants)} {mutant.name}:", end=" ", flush=True)
         print("; ".join(f"{r.layer}: {r.verdict} ({r.seconds:.1f} s) {r.evidence}" for r in runs), flush=True)
         if given.verbose or not any(r.caught for r in runs):
             print("\n".join(runs[-1].said.splitlines()[-25:]))

@@ -6,6 +6,8 @@ from tests.mutants.mutant import Edit, Mutant
 
 FENCING = "leases/fencing.py"
 STATEMENTS = "leases/statements.py"
+EVENTS = "leases/events.py"
+DIRECT = "tests/postgresql/test_direct.py"
 MIGRATION = "alembic/versions/0001_lease_tables.py"
 
 HELD_FOR = """        .with_for_update(read=True, key_share=True)
@@ -61,6 +63,7 @@ OF_THE_FENCE = (
         "the fence passes on a lease that has expired",
         (
             Edit(FENCING, "    if checked is None or checked.left_s <= 0:", "    if checked is None:"),
+            Edit(FENCING, ".where(left.c.left_s > 0)", ""),
             Edit(FENCING, "update(leases).where(MINE, leases.c.expires_at > now())", "update(leases).where(MINE)"),
         ),
         ("model", "tests/conformance/test_fence.py"),
@@ -70,6 +73,7 @@ OF_THE_FENCE = (
         "the fence still passes at the moment of the expiry",
         (
             Edit(FENCING, "checked.left_s <= 0:", "checked.left_s < 0:"),
+            Edit(FENCING, ".where(left.c.left_s > 0)", ".where(left.c.left_s >= 0)"),
             Edit(FENCING, "where(MINE, leases.c.expires_at > now())", "where(MINE, leases.c.expires_at >= now())"),
         ),
         ("model", "tests/conformance/test_fence.py"),
@@ -124,6 +128,75 @@ OF_THE_FENCE = (
         "the fence replaces the caller's own, shorter time limits",
         (Edit(FENCING, "and_(left > 0, or_(of_caller == 0, still > left))", "left > 0"),),
         ("tests/postgresql/test_fence.py -k lengthen",),
+    ),
+    Mutant(
+        "statement-not-from-its-fence",
+        "the events of a statement that fences do not come from the fence's row: a stale owner's are written",
+        (
+            Edit(EVENTS, "STREAM if fenced is None else fenced.c.stream_id", "STREAM"),
+            Edit(EVENTS, "offered if fenced is None else fenced.join(offered, true())", "offered"),
+        ),
+        (f"{DIRECT} -k granted_meanwhile", "tests/conformance/test_events.py"),
+    ),
+    Mutant(
+        "statement-checkpoint-not-from-its-fence",
+        "the checkpoint of a statement that fences does not come from the fence's row",
+        (Edit(EVENTS, "select(fenced.c.stream_id, TOKEN,", "select(STREAM, TOKEN,"),),
+        (f"{DIRECT} -k while_it_waited",),
+    ),
+    Mutant(
+        "statement-without-lock",
+        "a statement that fences only looks: a grant passes it in flight",
+        (Edit(FENCING, HELD_FOR, '        .cte("held")'),),
+        (f"{DIRECT} -k nobody_is_granted",),
+    ),
+    Mutant(
+        "statement-clock-before-lock",
+        "a statement that fences compares the expiry with the time before it waited",
+        (Edit(FENCING, "seconds(held.c.expires_at, wall())", "seconds(held.c.expires_at, now())"),),
+        (f"{DIRECT} -k while_it_waited",),
+    ),
+    Mutant(
+        "statement-outlives-lease",
+        "a statement that fences, and hangs, is not ended with its lease",
+        (Edit(FENCING, "label(TRANSACTION_TIMEOUT)] * (postgresql_version >= 17)", "label(TRANSACTION_TIMEOUT)] * 0"),),
+        (f"{DIRECT} -k hangs",),
+    ),
+    Mutant(
+        "statement-not-durable",
+        "a statement that fences commits without waiting for the disk, where that is the default",
+        (Edit(FENCING, 'durably().label("durable"), *limits', "*limits"),),
+        (f"{DIRECT} -k durable",),
+    ),
+    Mutant(
+        "direct-at-any-isolation",
+        "statements run by themselves also where the default is not READ COMMITTED",
+        (Edit("leases/direct.py", 'return bool(level == "read committed")', "return True"),),
+        (f"{DIRECT} -k another_isolation",),
+    ),
+    Mutant(
+        "direct-lost-answer-is-refusal",
+        "a statement whose answer was lost is said to have failed",
+        (
+            Edit(
+                "leases/transaction.py",
+                "        raise committed_or_not(error, tables.url) from None",
+                "        raise translate(error, tables.url) from None",
+            ),
+        ),
+        (f"{DIRECT} -k no_refusal",),
+    ),
+    Mutant(
+        "direct-leaves-autocommit",
+        "a pool gets its connections back in autocommit mode",
+        (Edit("leases/direct.py", "connection.dbapi_connection.autocommit = False", "pass"),),
+        (f"{DIRECT} -k as_they_were",),
+    ),
+    Mutant(
+        "direct-keeps-interrupted",
+        "a connection that was interrupted goes back to its pool",
+        (Edit("leases/direct.py", "        if interrupted:\n", "        if False:\n"),),
+        (f"{DIRECT} -k interrupted",),
     ),
     Mutant(
         "no-unique-index",

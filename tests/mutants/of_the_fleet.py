@@ -129,13 +129,16 @@ OF_THE_FLEET = (
     Mutant(
         "nobody-is-told",
         "a release is not notified",
-        (Edit("leases/statements.py", 'freed(leases.c.pool).label("notified")', 'null().label("notified")'),),
+        (Edit("leases/statements.py", "case((_AWAITED, freed(leases.c.pool)))", "null()"),),
         ("tests/postgresql/test_notify.py",),
     ),
     Mutant(
         "election-releases-early",
         "a leader's lease is released while its work still runs",
-        (Edit("leases/election.py", "                worker.join()", "                worker.join(0)"),),
+        (
+            Edit("leases/election.py", "worker.join()  # never release while", "worker.join(0)  # never release while"),
+            Edit("leases/election.py", "worker.join()  # nor lead again", "worker.join(0)  # nor lead again"),
+        ),
         ("tests/test_election.py -k still_runs",),
     ),
 )

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 
 from leases import Lease, LeaseStore, fence
 from leases.administration import end_now, hand_over, raise_tokens, revoke
+from leases.direct import Direct
 from leases.events import append
 from leases.operations import acquire, claim, release, renew, write_checkpoint
 from tests.conformance.driver import TTL, Loop, log_of, opened, take
@@ -36,7 +37,10 @@ def colour(request: pytest.FixtureRequest, postgresql_url: str) -> Iterator[Leas
 
 @pytest.fixture(params=["before", "after"])
 def breaking(request: pytest.FixtureRequest, colour: LeaseStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The next COMMIT breaks the connection, before or after the server has done it; returns what has happened."""
+    """The next COMMIT breaks the connection, before or after the server has done it; returns what has happened.
+
+    So does the next statement that is a transaction by itself.
+    """
     dialect = colour.engine.dialect
     commit = dialect.do_commit
     happened: list[str] = []
@@ -51,13 +55,27 @@ def breaking(request: pytest.FixtureRequest, colour: LeaseStore, monkeypatch: py
         connection.driver_connection.pgconn.finish()  # as if the network had gone
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
+    execute = Direct.execute
+
+    def broken_alone(direct: Direct, statement: Any, values: Any) -> Any:
+        if not happened:
+            happened.append(request.param)
+            if request.param == "after":
+                execute(direct, statement, values)
+            direct.connection.driver_connection.pgconn.finish()
+        return execute(direct, statement, values)
+
     monkeypatch.setattr(dialect, "do_commit", broken)
+    monkeypatch.setattr(Direct, "execute", broken_alone)
     return happened
 
 
 def test_an_acquire_whose_answer_was_lost_gets_its_one_grant(
     colour: LeaseStore, breaking: list[str], observer: Observer
 ) -> None:
+    breaking.append("not yet")
+    colour.register(["a"])
+    breaking.clear()
     lease = take(colour)
     assert breaking
     assert lease.fencing_token == 1

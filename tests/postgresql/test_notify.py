@@ -39,6 +39,7 @@ def heard_by(line: Line, deed: Callable[[], object]) -> set[str]:
 
 
 def test_what_becomes_free_is_told_to_its_pool(store: LeaseStore, line: Line) -> None:
+    store.enlist(Membership("w", "h", 1, "1", "p"), ttl=TTL)
     assert heard_by(line, lambda: store.register(["a", "b"], pool="p")) == {"free:p"}
     assert heard_by(line, lambda: store.register(["a", "b"], pool="p")) == set()
     lease = store.acquire("a", owner="one", ttl=TTL)

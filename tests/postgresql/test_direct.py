@@ -1,0 +1,429 @@
+"""Statements that are transactions by themselves: one round trip, and all that the transaction would have promised."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import Engine, create_engine, event, text
+
+from leases import EventLog, Lease, LeaseHeld, LeaseStore, OutcomeUnknown, StaleToken, StoreError, StoreUnavailable
+from leases.direct import NOT_TAKEN, Direct, EitherWay
+from leases.events import append_alone
+from leases.model import Ending, Membership
+from leases.operations import acquire, claim, release, release_all, renew
+from tests.conformance.driver import TTL, take
+from tests.postgresql.race import Background, Observer, locking, until
+
+SHORT = timedelta(milliseconds=500)
+
+
+@pytest.fixture
+def looked(store: LeaseStore) -> LeaseStore:
+    """A store that has looked at its tables."""
+    store.register(["a", "b"])
+    return store
+
+
+def pooled(store: LeaseStore) -> Any:
+    """The driver's connection that the store's pool hands out next; it is the only one."""
+    connection = store.engine.raw_connection()
+    try:
+        return connection.driver_connection
+    finally:
+        connection.close()
+
+
+def exchanged(store: LeaseStore, deed: Callable[[], object]) -> tuple[int, str]:
+    """How often a deed waited for the server, and what was said on the wire."""
+    driver = pooled(store)
+    with tempfile.TemporaryFile("w+") as file:
+        driver.pgconn.trace(file.fileno())
+        deed()
+        driver.pgconn.untrace()
+        file.seek(0)
+        said = file.read()
+    sent = [line.split("\t") for line in said.splitlines()]
+    return sum("F" in line and ("Sync" in line or "Query" in line) for line in sent), said
+
+
+def in_transactions(store: LeaseStore) -> LeaseStore:
+    """The same store, none of whose calls goes the direct way any more: somebody listens."""
+    event.listen(store.engine, "before_cursor_execute", lambda *_: None)
+    return store
+
+
+def kinds_of(store: LeaseStore, lease: Lease) -> dict[str, Callable[[], object]]:
+    """What a worker does again and again, each of which is one statement."""
+    log = EventLog(store)
+    return {
+        "renew": lambda: store.renew([lease], owner="one", ttl=TTL),
+        "append one": lambda: log.append(lease, {uuid4().hex: 1}),
+        "append many": lambda: log.append(lease, {uuid4().hex: 1, uuid4().hex: 2}, checkpoint={"at": 2}),
+        "release": lambda: store.release(lease),
+        "acquire": lambda: take(store),
+        "claim": lambda: store.claim(owner="one", ttl=TTL, limit=1),
+        "release all": lambda: store.release_all([Ending(lease)], owner="two"),
+    }
+
+
+def test_what_is_one_statement_is_one_round_trip(looked: LeaseStore) -> None:
+    lease = take(looked)
+    for _ in range(2):  # the first connection is asked once what its default is
+        looked.renew([lease], owner="one", ttl=TTL)
+    trips = {name: exchanged(looked, deed) for name, deed in kinds_of(looked, lease).items()}
+    assert {name: count for name, (count, _) in trips.items()} == {**dict.fromkeys(trips, 1), "release all": 2}
+    assert not any("BEGIN" in said or "COMMIT" in said.replace("COMMITTED", "") for _, said in trips.values())
+
+
+def test_in_a_transaction_it_is_three_or_more(looked: LeaseStore) -> None:
+    lease = take(in_transactions(looked))
+    for name, deed in kinds_of(looked, lease).items():
+        count, said = exchanged(looked, deed)
+        assert count >= 3, name
+        assert "BEGIN ISOLATION LEVEL READ COMMITTED" in said, name
+
+
+def told(store: LeaseStore) -> list[Any]:
+    """The answers of a story, in which all that can be answered is; without what differs each time."""
+    log = EventLog(store)
+    answers: list[Any] = []
+
+    def tell(call: Callable[[], Any]) -> Any:
+        try:
+            answer = call()
+        except StoreError as error:
+            answers.append((type(error), str(error).rpartition("/")[2]))
+            return None
+        except StaleToken as error:
+            answers.append((StaleToken, error.fencing_token, error.current_token, error.current_owner))
+            return None
+        plain = answer
+        if isinstance(answer, Lease):
+            assert answer.expires_at - answer.acquired_at == TTL >= answer.remaining > TTL / 2
+            assert answer.expires_at.utcoffset() == timedelta(0)
+            plain = (answer.stream_id, answer.owner, answer.fencing_token, answer.pool, answer.failures)
+        answers.append(plain)
+        return answer
+
+    claim_id = uuid4()
+    a = tell(lambda: store.acquire("a", owner="one", ttl=TTL, claim_id=claim_id))
+    tell(lambda: store.acquire("a", owner="one", ttl=TTL, claim_id=claim_id))
+    tell(lambda: store.acquire("a", owner="two", ttl=TTL))
+    tell(lambda: store.acquire("new % one", owner="one", ttl=TTL, pool="p"))
+    tell(lambda: log.append(a, {"e": {"ü": [1, None, "%s %(x)s %"]}}))
+    tell(lambda: log.append(a, {"e": 1}))
+    tell(lambda: log.append(a, {"e": 1}, checkpoint="c%"))
+    tell(lambda: log.append(a, {"e": 1, "f": None, "g": [], "h": "%"}, checkpoint={"n": 1}))
+    tell(lambda: log.append(a, {}))
+    tell(lambda: log.append(a, {}, checkpoint=0))
+    tell(lambda: [(read.event_id, read.seq, read.fencing_token, read.payload) for read in log.read("a")])
+    tell(lambda: store.checkpoint("a").checkpoint)  # type: ignore[union-attr]
+    tell(lambda: store.renew([a], owner="one", ttl=TTL))
+    tell(lambda: store.release(a, error="it failed, 100 %", backoff=timedelta(0)))
+    tell(lambda: store.release(a))
+    tell(lambda: log.append(a, {"late": 1}, checkpoint=9))
+    tell(lambda: store.renew([a], owner="one", ttl=TTL))
+    again = tell(lambda: store.acquire("a", owner="one", ttl=TTL))
+    tell(lambda: again.failures)
+    tell(lambda: log.append(a, {"late": 1}))
+    tell(lambda: store.release_all([Ending(again), Ending(a)], owner="one"))
+    claimed = store.claim(owner="one", ttl=TTL, limit=5)
+    tell(lambda: [(lease.stream_id, lease.fencing_token) for lease in claimed])
+    tell(lambda: store.claim(owner="one", ttl=TTL, limit=0))
+    tell(lambda: [(event.event_id, event.seq) for event in log.read("a")])
+    return answers
+
+
+def test_both_ways_answer_the_same(looked: LeaseStore, postgresql_url: str, observer: Observer) -> None:
+    directly = told(looked)
+    emptied = "; ".join(
+        f"DELETE FROM {table}" for table in ("leases", "lease_grants", "lease_events", "lease_checkpoints")
+    )
+    observer.execute(f"SET session_replication_role = replica; {emptied}")
+    looked.register(["a", "b"])
+    assert told(in_transactions(looked)) == directly
+
+
+# --- the fence in the statement --------------------------------------------------------------------------------
+
+
+def test_an_append_that_waits_for_its_lock_sees_what_was_granted_meanwhile(
+    looked: LeaseStore, engine: Engine, observer: Observer
+) -> None:
+    lease = take(looked)
+    with engine.connect() as connection, connection.begin() as granting:
+        connection.execute(text("UPDATE leases SET fencing_token = 2, owner = 'two' WHERE stream_id = 'a'"))
+        append = Background(EventLog(looked).append, lease, {"e": 1}, checkpoint=1)
+        observer.wait_for(1)
+        granting.commit()
+    with pytest.raises(StaleToken) as refused:
+        append.result()
+    assert (refused.value.current_token, refused.value.current_owner) == (2, "two")
+    assert EventLog(looked).read("a") == []
+    assert looked.checkpoint("a") is None
+
+
+def test_an_append_sees_an_expiry_that_happened_while_it_waited(
+    looked: LeaseStore, engine: Engine, observer: Observer
+) -> None:
+    lease = take(looked, ttl=SHORT)
+    with locking(engine):  # a grant, which then rolls back
+        append = Background(EventLog(looked).append, lease, {"e": 1}, checkpoint=1)
+        observer.wait_for(1)
+        observer.wait_for_expiry()
+    with pytest.raises(StaleToken):
+        append.result()
+    assert EventLog(looked).read("a") == []
+    assert looked.checkpoint("a") is None
+
+
+@contextmanager
+def in_its_way(engine: Engine, event_id: str = "e") -> Iterator[None]:
+    """A transaction of somebody else's that has written an event of this name, and is not over."""
+    insert = text(
+        "INSERT INTO lease_events (stream_id, event_id, seq, fencing_token, recorded_at, payload) "
+        "VALUES ('a', :event_id, 99, 1, now(), '1')"
+    )
+    with engine.connect() as connection, connection.begin() as transaction:
+        connection.execute(insert, {"event_id": event_id})
+        yield
+        transaction.rollback()
+
+
+@pytest.mark.parametrize("events", [{"e": 1}, {"d": 0, "e": 1}])
+def test_nobody_is_granted_the_stream_while_an_append_is_in_flight(
+    looked: LeaseStore, engine: Engine, observer: Observer, events: dict[str, int]
+) -> None:
+    lease = take(looked)
+    with in_its_way(engine):
+        append = Background(EventLog(looked).append, lease, events, checkpoint=1)
+        observer.wait_for(1)
+        with pytest.raises(LeaseHeld, match="not yet fenced"):
+            looked.steal("a", to="two", ttl=TTL, actor="op", timeout=timedelta(seconds=0.3))
+        assert not append.done()
+    assert append.result().count == len(events)
+    assert looked.steal("a", to="two", ttl=TTL, actor="op").fencing_token == 2
+    assert [recorded.fencing_token for recorded in EventLog(looked).read("a")] == [1] * len(events)
+
+
+def test_an_append_that_hangs_is_ended_at_its_leases_end(
+    postgresql_url: str, engine: Engine, observer: Observer
+) -> None:
+    with engine.connect():
+        if (engine.dialect.server_version_info or (0,)) < (17,):  # transaction_timeout came with 17
+            return
+    with LeaseStore(postgresql_url, retry_for=timedelta(0)) as hasty, LeaseStore(postgresql_url) as other:
+        lease = take(hasty, ttl=SHORT)
+        with in_its_way(engine):
+            append = Background(EventLog(hasty).append, lease, {"e": 1})
+            until(lambda: other.acquire("a", owner="two", ttl=TTL), "the takeover")
+            with pytest.raises(StoreUnavailable, match="nothing of it is kept"):
+                append.result()
+
+
+# --- where it is not taken -------------------------------------------------------------------------------------
+
+
+def attempted(store: LeaseStore) -> bool:
+    """Whether a call that may go the direct way does."""
+    probe: EitherWay[str] = EitherWay(lambda *_: "within", lambda *_: "alone")
+    return store._shortcut.attempt(probe) is not NOT_TAKEN
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_where_the_default_is_another_isolation_level_a_transaction_says_read_committed(
+    postgresql_url: str, observer: Observer, level: str
+) -> None:
+    database = postgresql_url.rpartition("/")[2]
+    observer.execute(f"ALTER DATABASE {database} SET default_transaction_isolation = '{level}'")
+    with LeaseStore(postgresql_url) as store:
+        lease = take(store)
+        assert not attempted(store)
+        assert store.run(lambda c: c.execute(text("SHOW transaction_isolation")).scalar_one()) == "read committed"
+        assert not pooled(store).autocommit
+        assert EventLog(store).append(lease, {"e": 1}).count == 1
+        assert store.release(lease)
+
+
+def test_where_the_default_is_read_only_it_is_refused_as_in_a_transaction(
+    postgresql_url: str, observer: Observer
+) -> None:
+    with LeaseStore(postgresql_url) as store:
+        lease = take(store)
+    database = postgresql_url.rpartition("/")[2]
+    observer.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    refusals = []
+    for way in (lambda store: store, in_transactions):
+        with LeaseStore(postgresql_url) as store:
+            store.list()
+            way(store)
+            with pytest.raises(StoreError, match="read-only transaction") as refused:
+                EventLog(store).append(lease, {"e": 1})
+            refusals.append(type(refused.value))
+    assert refusals == [StoreError, StoreError]
+
+
+def test_who_listens_to_an_engine_or_has_it_logged_hears_of_every_statement(
+    looked: LeaseStore, postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert attempted(looked)
+    with caplog.at_level(logging.INFO, logger="sqlalchemy.engine"):
+        assert not attempted(looked)
+    assert attempted(looked)
+    engine = create_engine(postgresql_url.replace("postgresql://", "postgresql+psycopg://"))
+    heard: list[str] = []
+    with LeaseStore(engine) as store:
+        store.list()
+        assert attempted(store)
+        event.listen(engine, "before_cursor_execute", lambda *given: heard.append(given[2]))
+        take(store)
+    assert any("UPDATE leases" in statement for statement in heard)
+    engine.dispose()
+
+
+# --- the pool --------------------------------------------------------------------------------------------------
+
+
+def test_a_callers_engine_gets_its_connections_back_as_they_were(engine: Engine, postgresql_url: str) -> None:
+    own = create_engine(engine.url, pool_size=1, max_overflow=0, isolation_level="REPEATABLE READ")
+    with LeaseStore(own) as store:
+        lease = take(store)
+        assert attempted(store)
+        with pytest.raises(StaleToken):
+            EventLog(store).append(Lease(**{**vars_of(lease), "fencing_token": 7}), {"e": 1})
+        assert store.release(lease)
+        assert not pooled(store).autocommit
+        with own.connect() as connection:
+            assert connection.execute(text("SHOW transaction_isolation")).scalar_one() == "repeatable read"
+            connection.execute(text("INSERT INTO lease_audit (at, actor, action) VALUES (now(), 'me', 'x')"))
+            connection.rollback()
+        assert store.audit() == []
+    own.dispose()
+
+
+def vars_of(lease: Lease) -> dict[str, Any]:
+    return {name: getattr(lease, name) for name in lease.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_connection_that_was_interrupted_is_not_used_again(looked: LeaseStore, error: type[BaseException]) -> None:
+    before = pooled(looked)
+
+    def interrupted(*_: object) -> None:
+        raise error
+
+    with pytest.raises(error):
+        looked._shortcut.attempt(EitherWay(interrupted, interrupted))
+    assert before.closed
+    assert attempted(looked)
+
+
+def test_a_connection_that_breaks_meanwhile_is_replaced(looked: LeaseStore) -> None:
+    before = pooled(looked)
+
+    def ended(connection: Any, _: int) -> object:
+        before.pgconn.finish()
+        return acquire(connection, "a", owner="one", ttl=TTL)
+
+    lease = looked._retried(EitherWay(lambda c, _: acquire(c, "a", owner="one", ttl=TTL), ended), {})
+    assert isinstance(lease, Lease)
+    assert before.closed
+
+
+def test_an_answer_that_was_lost_is_no_refusal(postgresql_url: str) -> None:
+    with LeaseStore(postgresql_url, retry_for=timedelta(0)) as hasty:
+        hasty.register(["a"])
+
+        def lost(connection: Any, _: int) -> object:
+            lease = acquire(connection, "a", owner="one", ttl=TTL)
+            assert lease is not None
+            connection.connection.driver_connection.pgconn.finish()
+            return acquire(connection, "b", owner="one", ttl=TTL)
+
+        with pytest.raises(OutcomeUnknown):
+            hasty._retried(EitherWay(lost, lost), {})
+
+
+def test_a_server_that_cannot_be_reached_is_told_of_as_in_a_transaction(
+    looked: LeaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked.engine.pool.dispose()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError("connection refused")
+
+    monkeypatch.setattr(psycopg, "connect", refuse)
+    looked.retry_for = timedelta(0)
+    with pytest.raises(StoreUnavailable, match="connection refused"):
+        looked.acquire("a", owner="one", ttl=TTL)
+
+
+# --- durable ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("default", "expected"), [("off", "on"), ("local", "local"), ("on", "on")])
+def test_each_statement_is_durable_by_itself(
+    postgresql_url: str, observer: Observer, default: str, expected: str
+) -> None:
+    database = postgresql_url.rpartition("/")[2]
+    observer.execute(f"ALTER DATABASE {database} SET synchronous_commit = '{default}'")
+    with LeaseStore(postgresql_url) as store:
+        store.register(["a", "b"])
+        lease = take(store)
+
+        def after(call: Callable[[Any], object]) -> str:
+            """The setting after a statement, in its transaction, which is then undone."""
+            connection = store.engine.raw_connection()
+            try:
+                call(Direct(store._shortcut, connection))
+                cursor = connection.cursor()
+                cursor.execute("SHOW synchronous_commit")
+                found = cursor.fetchone()
+                assert found is not None
+                return str(found[0])
+            finally:
+                connection.rollback()
+                connection.close()
+
+        calls: dict[str, Callable[[Any], object]] = {
+            "acquire": lambda c: acquire(c, "b", owner="one", ttl=TTL),
+            "claim": lambda c: claim(c, owner="one", ttl=TTL, limit=1),
+            "renew": lambda c: renew(c, [lease], owner="one", ttl=TTL),
+            "release": lambda c: release(c, lease),
+            "release_all": lambda c: release_all(c, [Ending(lease)], owner="one"),
+            "append one": lambda c: append_alone(c, lease, {"e": 1}),
+            "append many": lambda c: append_alone(c, lease, {"e": 1, "f": 2}, checkpoint=1),
+            "append none": lambda c: append_alone(c, lease, {}, checkpoint=1),
+        }
+        assert {name: after(call) for name, call in calls.items()} == dict.fromkeys(calls, expected)
+
+
+def test_a_release_tells_those_who_may_wait_and_nobody_else(looked: LeaseStore) -> None:
+    def told_of() -> bool:
+        """Whether a release is notified, to a connection that listens; this one."""
+        lease = take(looked)
+        _, said = exchanged(looked, lambda: looked.release(lease))
+        return "free:default" in said
+
+    with looked.engine.connect() as connection, connection.begin():
+        connection.exec_driver_sql("LISTEN leases")
+    take(looked, "other")  # reads what has been said before
+    assert not told_of(), "nobody is enlisted"
+    looked.enlist(Membership("one", "h", 1, "1", None), ttl=TTL)
+    assert not told_of(), "it is the one who releases"
+    looked.enlist(Membership("w", "h", 1, "1", "another pool"), ttl=TTL)
+    assert not told_of(), "a worker of another pool"
+    looked.enlist(Membership("candidate", "h", 1, "1", None), ttl=TTL)
+    assert told_of(), "one that may wait for any"
+    looked.dismiss("candidate")
+    looked.enlist(Membership("w2", "h", 1, "1", "default"), ttl=SHORT)
+    assert told_of(), "a worker of the pool"
+    until(lambda: not told_of(), "it has not been heard of in time")
