@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -32,20 +32,12 @@ from leases import (
     fleet,
 )
 from leases.model import State
+from tests.waiting import until
 
 SOON_S = 20.0
 QUICK = timedelta(seconds=1)
 POLL = timedelta(seconds=0.1)
 NO_REST = Backoff(first=timedelta(0), most=timedelta(0))
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for a condition to come true; fail if it does not in good time."""
-    give_up_at = time.monotonic() + SOON_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < give_up_at, f"it did not come true in {SOON_S:g} s: {what}"
-        pause.wait(0.01)
 
 
 class Seen:

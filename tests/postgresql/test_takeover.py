@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from leases import Lease, LeaseHeld, LeaseStore, StaleToken, fence, operations
 from leases.administration import end_now
 from tests.conformance.driver import TTL, take
-from tests.postgresql.race import Background, Observer, locking, until, writing
+from tests.postgresql.race import Background, Observer, locking, writing
+from tests.waiting import until
 
 WRITE = text("INSERT INTO work VALUES (:token, 'written')")
 
