@@ -19,7 +19,7 @@ from tests.model.product import Product, on_postgresql, on_sqlite
 from tests.model.world import World
 
 STEPS = 200_000
-SHARES = 4
+SHARES = 8
 """In how many tests, for whatever processes pytest has."""
 STEPS_ON_POSTGRESQL = 1_500
 
