@@ -140,9 +140,12 @@ def test_without_the_fence_the_frozen_workers_write_is_accepted_and_the_proof_sa
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    # Python imports it in each process: the workers' log lets every write pass.
+    # Python imports it in each process: the workers' log lets every write pass, in a transaction and by itself.
     (site / "sitecustomize.py").write_text(
-        "import leases.events\nleases.events.fence = lambda connection, lease: None\n"
+        "import leases.events, sqlalchemy\n"
+        "leases.events.fence = lambda connection, lease: None\n"
+        "row = sqlalchemy.select(leases.events.STREAM.label('stream_id')).cte('fenced')\n"
+        "leases.events.fenced_row = lambda version: row\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(site))
     done = demo("--url", url, "--json", "--workers", "3")
