@@ -15,11 +15,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -84,6 +85,27 @@ class Group(click.Group):
     """The group of all commands: finds the nearest name for a mistyped one, and turns failures into exit codes."""
 
     command_class = Command
+
+    def __init__(self, *args: Any, places: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.places = places
+        """Each command's name, with `module:variable`: no command waits for the imports of another."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's
+        return sorted(self.places)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # click's
+        return self.load(cmd_name) if cmd_name in self.places else None
+
+    def load(self, name: str) -> click.Command:
+        """One of the commands."""
+        module, _, variable = self.places[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), variable)
+        return command
+
+    def load_all(self) -> dict[str, click.Command]:
+        """All commands."""
+        return {name: self.load(name) for name in self.places}
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

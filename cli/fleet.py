@@ -26,7 +26,8 @@ from leases.cli.context import (
     where,
     yes_option,
 )
-from leases.cli.render import as_object, print_human, print_json, print_line, worker_table
+from leases.cli.render import as_object, print_json, print_line
+from leases.cli.tables import print_human, worker_table
 from leases.cli.text import plural
 from leases.errors import LeaseNotHeld
 from leases.model import WorkerInfo

@@ -8,7 +8,8 @@ import click
 
 from leases.cli.command import REFUSED, USAGE, Command, Failed, say
 from leases.cli.context import OWNER, POOL, STREAM, Settings, clock, common_options
-from leases.cli.render import as_object, audit_table, grant_table, lease_card, lease_table, print_human, print_json
+from leases.cli.render import as_object, print_json
+from leases.cli.tables import audit_table, grant_table, lease_card, lease_table, print_human
 from leases.cli.text import parse_time
 from leases.errors import LeaseNotHeld
 from leases.model import LeaseInfo, State

@@ -1,11 +1,13 @@
-"""Who may work on this stream right now, and how does everybody else's write get refused?"""
+"""Who may work on this stream right now, and how does everybody else's write get refused?
 
+What few programs need, or needs asyncio, is imported when it is first asked for: a command starts sooner.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from leases.async_session import AsyncStreamSession
-from leases.async_store import AsyncEventLog, AsyncLeaseStore
 from leases.backoff import Backoff
-from leases.election import LeaderElection
 from leases.errors import (
     ConfigError,
     LeaseHeld,
@@ -19,7 +21,6 @@ from leases.errors import (
     StoreUnavailable,
 )
 from leases.fencing import advance_watermark, fence, watermark_table
-from leases.keeper import Health
 from leases.model import (
     Appended,
     AuditEntry,
@@ -39,10 +40,28 @@ from leases.model import (
     WorkerInfo,
 )
 from leases.protection import protect, unprotect
-from leases.registry import SessionRegistry
-from leases.session import StreamSession
 from leases.store import EventLog, LeaseStore
-from leases.worker import Worker
+
+if TYPE_CHECKING:
+    from leases.async_session import AsyncStreamSession
+    from leases.async_store import AsyncEventLog, AsyncLeaseStore
+    from leases.election import LeaderElection
+    from leases.keeper import Health
+    from leases.registry import SessionRegistry
+    from leases.session import StreamSession
+    from leases.worker import Worker
+
+_LATER = {
+    "AsyncEventLog": "leases.async_store",
+    "AsyncLeaseStore": "leases.async_store",
+    "AsyncStreamSession": "leases.async_session",
+    "Health": "leases.keeper",
+    "LeaderElection": "leases.election",
+    "SessionRegistry": "leases.registry",
+    "StreamSession": "leases.session",
+    "Worker": "leases.worker",
+}
+"""What is imported when it is asked for, and where it is."""
 
 __all__ = [
     "Appended",
@@ -91,3 +110,14 @@ __all__ = [
 ]
 
 __version__ = version("leases")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(_LATER[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,20 +18,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakKeyDictionary
 
-import psycopg
 from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy import create_engine as sqlalchemy_create_engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.ext.asyncio import create_async_engine as sqlalchemy_create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from leases.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 BUSY_TIMEOUT_MS = 5000
 """How long a SQLite transaction waits for another one to end."""
@@ -136,6 +136,9 @@ def create_engine(url: str | URL, **options: Any) -> Engine:
 
 def create_async_engine(url: str | URL, **options: Any) -> AsyncEngine:
     """Make an AsyncEngine for the protocol from a URL: psycopg's async mode, or aiosqlite."""
+    # Here, since it brings asyncio and the ORM, which take a tenth of a second to import.
+    from sqlalchemy.ext.asyncio import create_async_engine as sqlalchemy_create_async_engine
+
     own, options = _arguments(parse(url), 1, options)
     with _refused():
         engine = sqlalchemy_create_async_engine(own, **options)
@@ -227,6 +230,8 @@ def _replace_closed(dialect: Dialect, connection: Any, record: Any, _proxy: obje
     it is asked. One that vanished without a word is found by the next statement, as it would be by the question that
     `pool_pre_ping` asks each time.
     """
+    import psycopg  # there is a connection of it
+
     try:
         poller = select.poll()
         poller.register(record.driver_connection.fileno(), select.POLLIN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from urllib.parse import quote
 
-import psycopg
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -34,13 +33,15 @@ BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 def sqlstate(error: BaseException) -> str | None:
     """PostgreSQL's five-character code for an error, or None."""
     cause = error.orig if isinstance(error, DBAPIError) else error
-    return cause.sqlstate if isinstance(cause, psycopg.Error) else None
+    state = getattr(cause, "sqlstate", None)  # psycopg's, which is not imported where only SQLite is used
+    return state if isinstance(state, str) else None
 
 
 def constraint(error: BaseException) -> str | None:
     """The name of the constraint that PostgreSQL says was violated, or None."""
     cause = error.orig if isinstance(error, DBAPIError) else error
-    return cause.diag.constraint_name if isinstance(cause, psycopg.Error) else None
+    name = getattr(getattr(cause, "diag", None), "constraint_name", None)
+    return name if isinstance(name, str) else None
 
 
 def is_busy(error: BaseException) -> bool:
@@ -107,6 +108,8 @@ def translate(error: SQLAlchemyError, url: URL) -> LeasesError:
         )
     if isinstance(cause, sqlite3.Error):
         return _translate_sqlite(cause, where, said)
+    import psycopg  # only now: where only SQLite is used it is not imported
+
     state = sqlstate(error) or ""
     if state in MISSING_STATES:
         return SchemaOutdated(f"{where} has not the tables of this version; run `leases migrate`")

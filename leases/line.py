@@ -19,7 +19,6 @@ from contextlib import suppress
 from math import ceil
 from typing import Any
 
-import psycopg
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -123,6 +122,8 @@ class Line:
             if self._heard is None or self._connection is None:
                 return []
             driver: Any = self._connection.connection.driver_connection
+            import psycopg  # there is a connection of it
+
             try:
                 return [notification.payload for notification in driver.notifies(timeout=0)]
             except psycopg.Error:  # it broke: the next transaction begins with a new one
@@ -171,18 +172,24 @@ class Line:
 
     def orphan(self) -> None:
         """Let a forked child's copy of the connection lead nowhere; the object is kept, since its end would speak."""
-        if self._heard is not None or isinstance(self._running, psycopg.Connection):
+        if self._heard is not None or _is_postgresql(self._running):
             number = self._heard if self._heard is not None else self._running.fileno()
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, number)
             os.close(nowhere)
 
 
+def _is_postgresql(connection: Any) -> bool:
+    return hasattr(connection, "pgconn")  # psycopg's, which is not imported where only SQLite is used
+
+
 def _cut(connection: Any) -> None:
     if isinstance(connection, sqlite3.Connection):
         with suppress(sqlite3.Error):  # closed meanwhile
             connection.interrupt()
-    elif isinstance(connection, psycopg.Connection):
+    elif _is_postgresql(connection):
+        import psycopg
+
         # By the socket, not by close(): libpq's connection belongs to the thread that waits on it.
         with suppress(OSError, psycopg.Error):
             with socket.socket(fileno=os.dup(connection.fileno())) as copy:

@@ -8,20 +8,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
+from typing import TYPE_CHECKING
 
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, column, inspect, select, table, text
 from sqlalchemy.schema import CreateSchema
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
-from alembic import command
 from leases import limits
 from leases.engine import BUSY_OPTION, begin_immediate, describe
 from leases.errors import ConfigError, SchemaOutdated, StoreUnavailable
 from leases.faults import is_busy
 from leases.schema import VERSION, VERSION_TABLE
+
+if TYPE_CHECKING:  # alembic is imported where it is used: only a migration has to wait for it
+    from alembic.config import Config
 
 MIGRATION_LOCK = 0x6C65617365730001
 """The advisory lock's key: "leases", and 1."""
@@ -46,6 +46,10 @@ def migrate(engine: Engine, *, schema: str | None = None) -> tuple[str | None, s
 
 def migrate_on(connection: Connection, *, schema: str | None = None) -> tuple[str | None, str]:
     """`migrate`, on a connection that has no transaction open; so also by `run_sync` on an async one. Hold TURN."""
+    from alembic.util import CommandError
+
+    from alembic import command
+
     if schema is not None:
         limits.schema(schema)
     on_sqlite = connection.dialect.name == "sqlite"
@@ -78,6 +82,8 @@ def migrate_on(connection: Connection, *, schema: str | None = None) -> tuple[st
 
 @contextmanager
 def _configured() -> Iterator[Config]:
+    from alembic.config import Config
+
     with as_file(files("leases").joinpath("migrations")) as scripts:
         config = Config()
         config.set_main_option("script_location", str(scripts).replace("%", "%%"))
@@ -108,6 +114,8 @@ def _set_journal_mode(connection: Connection) -> None:
 
 
 def _known(config: Config) -> set[str]:
+    from alembic.script import ScriptDirectory
+
     return {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
 
 

@@ -33,12 +33,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from weakref import WeakMethod
 
 from leases import fleet, limits, operations
-from leases.async_session import AsyncStreamSession
-from leases.async_store import AsyncLeaseStore
 from leases.backoff import Backoff
 from leases.discovery import Discover
 from leases.errors import ConfigError, LeasesError
@@ -53,6 +51,9 @@ from leases.session import StreamSession
 from leases.store import LeaseStore
 from leases.tasks import TaskRunner
 from leases.trust import monotonic
+
+if TYPE_CHECKING:
+    from leases.async_store import AsyncLeaseStore
 
 logger = logging.getLogger("leases")
 
@@ -114,8 +115,7 @@ class Worker:
             limits.count("concurrency", concurrency, most=10_000)
         if not isinstance(backoff, Backoff | None):
             raise ConfigError(f"backoff must be a Backoff, not {type(backoff).__name__}")
-        self._async_store = store if isinstance(store, AsyncLeaseStore) else None
-        self._store = store.sync_store() if isinstance(store, AsyncLeaseStore) else store
+        self._store, self._async_store = _stores(store)
         self._handler = handler
         self._calls = concurrency
         self._streams = None if streams is None or callable(streams) else limits.stream_ids(streams)
@@ -221,6 +221,8 @@ class Worker:
 
     def _runner(self, loop: asyncio.AbstractEventLoop | None) -> ThreadRunner | TaskRunner:
         if is_async(self._handler):
+            from leases.async_session import AsyncStreamSession
+
             return TaskRunner(
                 self._handler,
                 self._planner.runs.ended,
@@ -382,6 +384,16 @@ class Worker:
             self._on_event(event)
         except BaseException:  # a listener's mistake, or its sys.exit(), must not end the worker
             logger.exception("on_event of %s failed", self.name)
+
+
+def _stores(store: LeaseStore | AsyncLeaseStore) -> tuple[LeaseStore, AsyncLeaseStore | None]:
+    """The store that plans and beats, and the one that async handlers write by, if they do."""
+    if not isinstance(store, LeaseStore):
+        from leases.async_store import AsyncLeaseStore
+
+        if isinstance(store, AsyncLeaseStore):
+            return store.sync_store(), store
+    return store, None
 
 
 def _stop_at_exit(stop: WeakMethod[Callable[[], None]]) -> None:

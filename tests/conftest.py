@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from leases import LeaseStore
 from tests import postgres
 
 NUMBER = itertools.count()
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector look at what the tests make only, and less often: it took a tenth of their time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

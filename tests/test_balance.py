@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, floor, log2
 from random import Random
 
@@ -23,15 +23,12 @@ class Fleet:
     free: list[int]
     held: dict[str, list[int]] = field(default_factory=dict)
     terms: dict[str, Peer] = field(default_factory=dict)
-    """What each worker is, but for its count."""
+    """What each worker is, with its count."""
     moves: Counter[int] = field(default_factory=Counter)
 
     def view(self) -> View:
         count = min(len(self.free), max(balance.ENOUGH, sum(map(len, self.held.values()))))
-        peers = [
-            Peer(name, len(held), self.terms[name].weight, self.terms[name].capacity, self.terms[name].draining)
-            for name, held in sorted(self.held.items())
-        ]
+        peers = [self.terms[name] for name in sorted(self.held)]
         return View(peers, count, counted_all=count == len(self.free))
 
     def join(self, name: str, weight: float = 1.0, capacity: int | None = None) -> None:
@@ -43,7 +40,7 @@ class Fleet:
         self.free += self.held.pop(name)
 
     def drain(self, name: str) -> None:
-        self.terms[name] = Peer(name, 0, self.terms[name].weight, self.terms[name].capacity, draining=True)
+        self.terms[name] = replace(self.terms[name], draining=True)
 
     def round(self) -> int:
         """Let every worker act once, in any order, on a view that may be from before all others' deeds of the round.
@@ -72,6 +69,7 @@ class Fleet:
             held.append(self.free.pop(0) if taken < 100 else self.free.pop())
         if taken:
             assert capacity is None or len(held) <= capacity, "a capacity is never exceeded"
+        self.terms[name] = replace(self.terms[name], lease_count=len(held))
         return decided.shed + taken
 
     def shares(self) -> dict[str, float]:

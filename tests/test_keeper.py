@@ -588,9 +588,7 @@ def test_a_registry_on_a_database_without_tables_says_so_at_once(empty_postgresq
 
 def test_a_registry_closes_also_when_nothing_can_be_written(postgresql_url: str, seen: Seen) -> None:
     with LeaseStore(postgresql_url) as store:
-        registry = SessionRegistry(store, ttl=QUICK, on_renewed=seen.on_renewed)
-        registry.open("s")
-        assert seen.renewed_thrice.wait(SOON_S)
+        registry = SessionRegistry(store, ttl=3 * QUICK, on_renewed=seen.on_renewed)
         failures: list[str] = []
 
         def close() -> None:
@@ -600,9 +598,13 @@ def test_a_registry_closes_also_when_nothing_can_be_written(postgresql_url: str,
                 failures.append(str(error))
 
         closing = threading.Thread(target=close)
-        with everything_locked(postgresql_url):
-            closing.start()
-            closing.join(SOON_S)
-            assert not closing.is_alive()
+        try:
+            registry.open("s")
+            with everything_locked(postgresql_url):
+                closing.start()
+                closing.join(SOON_S)
+                assert not closing.is_alive()
+        finally:
+            registry.close()  # else its threads are with the tests that follow
         assert "statement timeout" in failures[0]
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("leases-")]

@@ -47,4 +47,4 @@ def test_every_command_is_in_the_readme() -> None:
     from leases.cli import main
 
     documented = set(re.findall(r"`([a-z-]+)`", README))
-    assert set(main.commands) <= documented
+    assert set(main.load_all()) <= documented

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from sqlalchemy import Connection, Engine, event, update
+from sqlalchemy import Connection, Engine, event, select, update
 
 from leases import administration, events
 from leases.model import LeaseInfo
 from leases.schema import leases
-from leases.statements import GRANTED
+from leases.statements import GRANTED, STREAM
 
 VARIABLE = "LEASES_CHAOS_MUTANT"
 
@@ -53,6 +53,7 @@ def break_product(name: str | None = None) -> None:
     name = name if name is not None else os.environ.get(VARIABLE, "")
     if name == "no-fence":
         patch.object(events, "fence", lambda *_: None).start()
+        patch.object(events, "fenced_row", lambda _: select(STREAM.label("stream_id")).cte("fenced")).start()
     elif name == "no-bump":
         patch.object(administration, "_swap", _swap_without_a_new_token).start()
     elif name in REWRITES:

@@ -24,6 +24,8 @@ UP, DOWN = "up", "down"
 COMMIT = b"COMMIT\0"
 """The statement, not the end of BEGIN ISOLATION LEVEL READ COMMITTED."""
 
+NOT_COMMITTING = (b"BEGIN", b"SHOW ")
+
 IDLE = b"Z\0\0\0\5I"
 """How the server ends an answer outside of a transaction."""
 
@@ -42,7 +44,7 @@ class Connection:
 
     def commits(self, piece: bytes) -> bool:
         """Whether the answer to this piece, from the client, tells of a commit."""
-        return COMMIT in piece or (self.idle and b"BEGIN" not in piece)
+        return COMMIT in piece or (self.idle and not any(word in piece for word in NOT_COMMITTING))
 
     def reset(self) -> None:
         for end in self.ends:

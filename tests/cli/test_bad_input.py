@@ -14,7 +14,7 @@ from leases.cli import main
 from leases.cli.command import Command
 from tests.cli.conftest import PASSWORD, Leases, Outcome
 
-COMMANDS = sorted(main.commands)
+COMMANDS = sorted(main.load_all())
 
 
 def refused(outcome: Outcome, code: int, *parts: str) -> None:
@@ -223,7 +223,7 @@ def test_every_command_has_help_with_an_example(name: str, bare: Leases) -> None
     assert max(map(len, outcome.out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", [each for each in main.commands.values() if isinstance(each, Command)], ids=str)
+@pytest.mark.parametrize("command", [each for each in main.load_all().values() if isinstance(each, Command)], ids=str)
 def test_every_example_is_read(command: Command) -> None:
     name = str(command.name)
     for line in command.example:

@@ -140,12 +140,12 @@ def test_without_the_fence_the_frozen_workers_write_is_accepted_and_the_proof_sa
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    # Python imports it in each process: the workers' log lets every write pass, in a transaction and by itself.
+    # Python imports it in each process: the workers' log lets every write pass.
     (site / "sitecustomize.py").write_text(
-        "import leases.events, sqlalchemy\n"
-        "leases.events.fence = lambda connection, lease: None\n"
-        "row = sqlalchemy.select(leases.events.STREAM.label('stream_id')).cte('fenced')\n"
-        "leases.events.fenced_row = lambda version: row\n"
+        "from sqlalchemy import select\n"
+        "from leases import events, statements\n"
+        "events.fence = lambda connection, lease: None\n"
+        "events.fenced_row = lambda version: select(statements.STREAM.label('stream_id')).cte('fenced')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(site))
     done = demo("--url", url, "--json", "--workers", "3")

@@ -44,7 +44,7 @@ UNCHANGED = {2, 3, 4, HELD, NO_STORE}
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """The Unicode categories of what could move a terminal's cursor, or turn its text around."""
 
-ATTACKED = sorted(main.commands.keys() - OTHERWISE.keys())
+ATTACKED = sorted(main.load_all().keys() - OTHERWISE.keys())
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def parameters(command: click.Command) -> Iterator[click.Parameter]:
 def test_a_good_line_is_accepted(world: World, name: str) -> None:
     """So that what is refused below is refused for what is bad in it."""
     needs = {"expire": {"streams": "held"}, "release": {"stream": "held"}}.get(name, {})
-    assert attacked(world, name, *line(main.commands[name], needs)) in (0, NOT_FOUND)
+    assert attacked(world, name, *line(main.load(name), needs)) in (0, NOT_FOUND)
 
 
 @pytest.mark.usefixtures("database")
@@ -124,7 +124,7 @@ def test_any_line(world: World) -> None:
     @given(st.data())
     def attack(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(ATTACKED), label="command")
-        command = main.commands[name]
+        command = main.load(name)
         texts = st.one_of(st.sampled_from(TEXT_ARGUMENTS), st.text(max_size=20))
         places = data.draw(st.lists(st.sampled_from(sorted(str(each.name) for each in parameters(command)))))
         arguments = line(command, {place: data.draw(texts, label=place) for place in places})
@@ -136,7 +136,7 @@ def test_any_line(world: World) -> None:
 @pytest.mark.usefixtures("database")
 def test_any_words(world: World) -> None:
     """Words that are no command's, in any order."""
-    words = [*main.commands, "--json", "--url", "--schema", "-h", "--version", "--yes", "--", *TEXT_ARGUMENTS]
+    words = [*main.load_all(), "--json", "--url", "--schema", "-h", "--version", "--yes", "--", *TEXT_ARGUMENTS]
 
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.lists(st.sampled_from([each for each in words if each not in ("demo", "run")]), max_size=5))
@@ -232,7 +232,7 @@ def test_the_work(world: World, arguments: list[str], monkeypatch: pytest.Monkey
 
 def test_every_command_is_attacked() -> None:
     """A new command is attacked as it is made; what it requires must stand in `GOOD`."""
-    assert OTHERWISE.keys() <= main.commands.keys()
+    assert OTHERWISE.keys() <= main.load_all().keys()
     for name in ATTACKED:
-        for parameter in main.commands[name].params:
+        for parameter in main.load(name).params:
             assert not parameter.required or str(parameter.name) in GOOD, f"GOOD lacks {parameter.name!r}, of {name}"

@@ -58,7 +58,7 @@ def every_call(store: LeaseStore, world: World) -> Iterator[tuple[str, Callable[
 def every_command(url: str) -> Iterator[tuple[str, int]]:
     """Each command with good values, by its exit code; said in one line, and no password."""
     for name in ATTACKED:
-        command = main.commands[name]
+        command = main.load(name)
         chosen = {str(each.name): STREAM_OF.get(name, "free") for each in command.params if each.name in STREAMS}
         if any(each.name == "timeout" for each in command.params):
             chosen["timeout"] = "50ms"

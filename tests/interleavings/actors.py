@@ -93,8 +93,12 @@ def write(*, reads_first: bool = False) -> Does:
     return run
 
 
-def append(*event_ids: str, checkpoint: bool = False) -> Does:
-    """An append to the event log, in a transaction of the caller's."""
+def append(*event_ids: str, checkpoint: bool = False, alone: bool = False) -> Does:
+    """An append to the event log: in a transaction of the caller's, or as the one statement that the stores make of it.
+
+    That statement commits by itself; here, so that others can come between, it has a COMMIT of its own.
+    """
+    operation = events.append_alone if alone else events.append
 
     def run(held: Held) -> Body:
         def body(client: Client) -> Appended:
@@ -103,7 +107,7 @@ def append(*event_ids: str, checkpoint: bool = False) -> Does:
 
             def call(connection: Connection) -> Appended:
                 with client.fencing(held["a"]):
-                    return events.append(connection, held["a"], offered, checkpoint=position)
+                    return operation(connection, held["a"], offered, checkpoint=position)
 
             return client.transact(call)
 

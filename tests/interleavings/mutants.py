@@ -64,6 +64,7 @@ LET_GO = "WITH expired_here AS"
 RELEASE = "UPDATE leases SET owner="
 OPERATOR = "SELECT leases.stream_id"
 APPEND = "WITH last AS"
+FENCED_APPEND = "WITH held AS"
 
 TOKEN = r"leases\.fencing_token = \S+ AND "
 EXPIRED = r" AND \(leases\.expires_at <= statement_timestamp\(\) OR .*?\)\)(?= \s*(?:FOR|LIMIT))"
@@ -218,6 +219,23 @@ MUTANTS: Sequence[Mutant] = (
         APPEND,
         "RETURNING",
         "ON CONFLICT DO NOTHING RETURNING",
+    ),
+    _sql(
+        "append alone: writes without the fence's row",
+        "alone-takeover",
+        "fenced",
+        FENCED_APPEND,
+        r"SELECT fenced\.stream_id AS stream_id, one\.(.+?)FROM fenced JOIN (.+?) ON true",
+        r"SELECT %(stream)s AS stream_id, one.\1FROM \2",
+    ),
+    _sql("append alone: no lock", "alone-steal", "fenced", FENCED_APPEND, "FOR KEY SHARE", ""),
+    _sql(
+        "append alone: looks at no clock",
+        "alone-takeover",
+        "fenced",
+        FENCED_APPEND,
+        r"(?<=WHERE )remaining\.left_s > .+?(?=\), )",
+        "true",
     ),
     _sql("append: numbers from 1", "append-append", "live", APPEND, r"\(SELECT last\.seq\s+FROM last\)", "0"),
 )

@@ -124,6 +124,7 @@ _WRITER = Actor(write(), own=False, names=())
 _READER = Actor(write(reads_first=True), own=False, names=())
 _TAKER = Actor(take(), waits=False)
 _HEARTBEAT = Actor(renew("a"), waits=False, names=("a",))
+_ALONE = Actor(append("e1", checkpoint=True, alone=True), names=())
 _BATCH = Actor(renew("a", "b"), waits=False, names=("a", "b"))
 
 SCENARIOS: Sequence[Scenario] = (
@@ -264,6 +265,14 @@ SCENARIOS: Sequence[Scenario] = (
         {"L": Actor(append("e1", checkpoint=True), own=False, names=()), "O": _operator(steal())},
         held("a"),
         clock_steps=0,
+    ),
+    Scenario("alone-takeover", {"L": _ALONE, "T": _TAKER}, held("a")),
+    Scenario("alone-steal", {"L": _ALONE, "O": _operator(steal())}, held("a")),
+    Scenario("alone-expire", {"L": _ALONE, "O": _operator(expire())}, held("a")),
+    Scenario(
+        "alone-append",
+        {"L": _ALONE, "M": Actor(append("e1", "e2", checkpoint=True), own=False, names=())},
+        held("a"),
     ),
 )
 

@@ -68,6 +68,13 @@ def _conversion(column: str) -> Callable[[Any], Any] | None:
 CONVERSIONS = {table: [_conversion(column) for column in names.split()] for table, names in COLUMNS.items()}
 
 
+@lru_cache(maxsize=16_384)
+def _converted(table: str, row: Row) -> Row:
+    """A row of SQLite's as the model has it. Remembered: most rows are as they were when they were last looked at."""
+    pairs = zip(CONVERSIONS[table], row, strict=True)
+    return tuple(value if convert is None else convert(value) for convert, value in pairs)
+
+
 class Tables:
     """Reads the tables by a driver's connection that is in autocommit mode, or has no transaction open."""
 
@@ -87,13 +94,7 @@ class Tables:
 
     def _read(self, table: str, query: str, values: tuple[str, ...] = ()) -> list[Row]:
         rows: list[Row] = self.driver.execute(query, values).fetchall()
-        if not self._on_sqlite:
-            return rows
-        conversions = CONVERSIONS[table]
-        return [
-            tuple(value if convert is None else convert(value) for convert, value in zip(conversions, row, strict=True))
-            for row in rows
-        ]
+        return [_converted(table, row) for row in rows] if self._on_sqlite else rows
 
     def everything(self) -> Rows:
         rows = {table: self._read(table, query) for table, query in self._all.items()}

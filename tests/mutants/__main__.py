@@ -30,6 +30,9 @@ PATIENCE_S = 300.0
 FAILED = 1
 """The exit code of a layer that found a defect: of pytest, and of the others."""
 
+BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
+"""The marks of the table's place in a page."""
+
 EVIDENCE = (
     r"^(?:FAILED|ERROR) \S+?::(\S+)|"
     r"^(?:Mismatch|AssertionError): (?:the tables differ from the model's:\n)?(.{1,70})"
@@ -120,6 +123,7 @@ def main() -> int:
     parser.add_argument("--in-all", action="store_true", help="go on when a mutant is caught: which layers see it?")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the layers without a mutant, too")
     parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="try so many mutants at a time")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this page, between its marks")
     parser.add_argument("--verbose", action="store_true", help="show the end of what each layer said")
     given = parser.parse_args()
     try:
@@ -154,8 +158,19 @@ def main() -> int:
             lines.append(f"| {mutant.name} | {mutant.breaks} | {r.evidence} | {r.seconds:.1f} | {command} |")
     good = given.no_baseline or _baseline(dict.fromkeys(used))
     print("\n" + "\n".join(lines))
+    if given.docs is not None:
+        _write(given.docs, lines)
     print(f"\n{len(mutants) - len(missed)} of {len(mutants)} caught" + (f"; missed: {missed}" if missed else ""))
     return 0 if good and not missed else 1
+
+
+def _write(page: Path, lines: list[str]) -> None:
+    """Put the table into a page, in place of the one that it has."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page} has no place for the table: {BEGIN} … {END}")
+    page.write_text(f"{before}{begin}\n{chr(10).join(lines)}\n{end}{after}")
 
 
 def _baseline(used: Iterable[str]) -> bool:

@@ -27,6 +27,9 @@ def command(layer: str) -> tuple[str, ...]:
 
 
 def shown(layer: str) -> str:
-    """The command of a layer, for people."""
-    words = ("python" if word == sys.executable else word for word in command(layer))
+    """The command of a layer, for people: without what only makes its output short."""
+    words = command(layer)
+    if words[: len(PYTEST)] == PYTEST:
+        words = ("pytest", "-x", "-n", "0", *words[len(PYTEST) :])
+    words = tuple("python" if word == sys.executable else word for word in words)
     return " ".join(word if " " not in word else f"'{word}'" for word in words)

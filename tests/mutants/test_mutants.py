@@ -110,9 +110,11 @@ def test_a_mutant_that_nothing_catches_is_told() -> None:
     assert "missed: ['release-without-token']" in done.stdout
 
 
-def test_a_mutant_that_is_caught_is_told_with_the_command() -> None:
+def test_a_mutant_that_is_caught_is_told_with_the_command(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- mutants -->\nan older table\n<!-- /mutants -->\nafter\n")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.mutants", "trust-without-margin"],
+        [sys.executable, "-m", "tests.mutants", "trust-without-margin", "--docs", str(page)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -120,7 +122,11 @@ def test_a_mutant_that_is_caught_is_told_with_the_command() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 caught" in done.stdout
-    assert "`python -m pytest -x -q --no-header -p no:cacheprovider -n 0 tests/test_trust.py`" in done.stdout
+    assert "`pytest -x -n 0 tests/test_trust.py`" in done.stdout
+    said = page.read_text()
+    assert said.startswith("before\n<!-- mutants -->\n| mutant |")
+    assert said.endswith(" |\n<!-- /mutants -->\nafter\n")
+    assert "| trust-without-margin |" in said
 
 
 def test_the_model_says_which_command_repeats_its_failure_and_it_does(tmp_path: Path) -> None:
