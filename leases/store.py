@@ -92,7 +92,7 @@ class LeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
-        self._shortcut = Shortcut(self.engine)
+        self._shortcut = Shortcut(self.engine, keeps=self.closes_engine)
         fork.tell(self)
 
     def migrate(self) -> tuple[str | None, str]:
@@ -129,6 +129,7 @@ class LeaseStore:
 
     def _begin_fenced(self, leases: Collection[Lease]) -> tuple[Connection, Transaction]:
         self._tables.check_file()
+        self._shortcut.let_go()
         with translated(self.url):
             connection = self.engine.connect()
             try:
@@ -167,6 +168,7 @@ class LeaseStore:
             answer: R | NotTaken = attempt_alone(self._shortcut, self._tables, call)
             if answer is not NOT_TAKEN:
                 return answer
+        self._shortcut.let_go()
         with translated(self.url), self.engine.connect() as connection:
             return transact(connection, self._tables, call, attempt, options)
 
@@ -214,11 +216,14 @@ class LeaseStore:
     def close(self) -> None:
         """Close the connections, unless the Engine is the caller's."""
         if self.closes_engine:
+            self._shortcut.keeps = False
+            self._shortcut.let_go()
             self.base_engine.dispose()
 
     def orphan(self) -> None:
         """Let a forked child open connections of its own, if the Engine is ours: those in the pool are the parent's."""
         if self.closes_engine:
+            self._shortcut.orphan()
             self.base_engine.dispose(close=False)
 
     def __enter__(self) -> Self:

@@ -81,6 +81,21 @@ def test_a_failed_worker_or_a_deadlock_misses_the_aim(told: Path) -> None:
     assert [aim.met for aim in aims(worse)] == [False, False]
 
 
+def test_a_plan_is_level_and_a_crowd_meets_no_error() -> None:
+    def found(many_s: float, *, failed: bool) -> list[tuple[str, bool]]:
+        crowd = Figure("leases-sqlite", none="failed: database is locked", failed=True) if failed else None
+        measured = (
+            Measured("plan", "1,000 leases", "s", (Figure("leases-postgresql", (0.001,)),)),
+            Measured("plan", "100,000 leases", "s", (Figure("leases-postgresql", (many_s,)),)),
+            Measured("crowd", "8 processes", "operations/s", (crowd or Figure("leases-sqlite", (9.0,)),)),
+        )
+        run = Run("2026-01-01", "0", {}, False, (), measured)
+        return [(aim.workload, aim.met) for aim in aims(run) if aim.workload != "all"]
+
+    assert found(0.0015, failed=False) == [("crowd", True), ("plan", True)]
+    assert found(0.0016, failed=True) == [("crowd", False), ("plan", False)]
+
+
 def test_a_contestant_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("shutil.which", lambda *_: None)
     file = tmp_path / "run.json"

@@ -74,7 +74,7 @@ BUMP = r"fencing_token=\(leases\.fencing_token \+ \S+\)"
 UNEXPIRED = r" AND leases\.expires_at > statement_timestamp\(\)"
 LOCKED_ROWS = r"FROM locked WHERE leases\.stream_id = locked\.stream_id"
 ASKED_ROWS = (
-    "FROM unnest(%(stream_ids)s::TEXT[], %(tokens)s::BIGINT[]) AS given(stream_id, token) "
+    "FROM unnest(string_to_array(%(stream_ids)s, chr(31)), CAST(%(tokens)s AS BIGINT[])) AS given(stream_id, token) "
     "WHERE leases.stream_id = given.stream_id AND leases.fencing_token = given.token "
     "AND leases.owner = %(holder)s AND leases.expires_at > statement_timestamp()"
 )

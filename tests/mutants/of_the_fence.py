@@ -199,6 +199,24 @@ OF_THE_FENCE = (
         (f"{DIRECT} -k interrupted",),
     ),
     Mutant(
+        "direct-trusts-what-is-kept",
+        "the connection that a store keeps is used without a look whether the server has ended it",
+        (Edit("leases/direct.py", "            if direct.is_quiet:\n", "            if True:\n"),),
+        (f"{DIRECT} -k replaced_before",),
+    ),
+    Mutant(
+        "direct-never-lets-go",
+        "a store keeps its connection while somebody else waits for one of its pool",
+        (Edit("leases/direct.py", "        while self._kept:\n", "        while False:\n"),),
+        (f"{DIRECT} -k last_of_its_pool",),
+    ),
+    Mutant(
+        "direct-of-the-parent",
+        "a forked child uses the connection that its parent keeps",
+        (Edit("leases/direct.py", "        self._kept.clear()\n", ""),),
+        (f"{DIRECT} -k forked",),
+    ),
+    Mutant(
         "no-unique-index",
         "without the index over stream and token a grant does not wait for a fenced write",
         (

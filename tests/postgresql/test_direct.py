@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +36,8 @@ def looked(store: LeaseStore) -> LeaseStore:
 
 
 def pooled(store: LeaseStore) -> Any:
-    """The driver's connection that the store's pool hands out next; it is the only one."""
+    """The driver's connection that the store uses next; it is the only one. It is in the pool from now on."""
+    store._shortcut.let_go()
     connection = store.engine.raw_connection()
     try:
         return connection.driver_connection
@@ -384,7 +387,7 @@ def test_each_statement_is_durable_by_itself(
             """The setting after a statement, in its transaction, which is then undone."""
             connection = store.engine.raw_connection()
             try:
-                call(Direct(store._shortcut, connection))
+                call(Direct(store._shortcut._statements, connection))
                 cursor = connection.cursor()
                 cursor.execute("SHOW synchronous_commit")
                 found = cursor.fetchone()
@@ -428,3 +431,84 @@ def test_a_release_tells_those_who_may_wait_and_nobody_else(looked: LeaseStore) 
     looked.enlist(Membership("w2", "h", 1, "1", "default"), ttl=SHORT)
     assert told_of(), "a worker of the pool"
     until(lambda: not told_of(), "it has not been heard of in time")
+
+
+# --- the connection that is kept -------------------------------------------------------------------------------
+
+
+def kept_pid(store: LeaseStore) -> int:
+    (direct,) = store._shortcut._kept
+    return int(direct.connection.driver_connection.info.backend_pid)
+
+
+def test_a_store_of_its_own_keeps_its_connection_from_call_to_call(looked: LeaseStore, observer: Observer) -> None:
+    take(looked)
+    pid = kept_pid(looked)
+    take(looked, "b")
+    assert kept_pid(looked) == pid
+    looked.get("a")  # in a transaction, on the same connection
+    assert not looked._shortcut._kept
+    take(looked, "c")
+    assert kept_pid(looked) == pid
+    looked.close()
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE pid = :pid"
+    until(lambda: observer.scalar(ours, pid=pid) == 0, "it is closed with the store")
+
+
+def test_one_that_the_server_has_ended_is_replaced_before_anything_is_tried(
+    postgresql_url: str, observer: Observer
+) -> None:
+    with LeaseStore(postgresql_url, retry_for=timedelta(0)) as hasty:
+        hasty.register(["a", "b"])
+        take(hasty)
+        pid = kept_pid(hasty)
+        observer.execute(f"SELECT pg_terminate_backend({pid}, 10000)")
+        take(hasty, "b")
+        assert kept_pid(hasty) != pid
+
+
+def test_it_is_let_go_where_it_is_the_last_of_its_pool(engine: Engine) -> None:
+    own = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.5)
+    with LeaseStore(own, retry_for=timedelta(0)) as store:
+        store._shortcut.keeps = True
+        lease = take(store)
+        for _ in range(2):
+            assert EventLog(store).append(lease, {uuid4().hex: 1}).count == 1
+            assert store.get("a") is not None
+            assert EventLog(store).append(lease, {uuid4().hex: 1}).count == 1
+            with store.fenced(lease) as connection:
+                assert connection.execute(text("SELECT 1")).scalar_one() == 1
+        store._shortcut.let_go()
+    own.dispose()
+
+
+def test_threads_share_it_one_at_a_time(looked: LeaseStore) -> None:
+    def work(name: str) -> int:
+        return sum(looked.release(take(looked, name)) for _ in range(50))
+
+    assert [worker.result() for worker in [Background(work, f"{n}") for n in range(8)]] == [50] * 8
+    assert len(looked._shortcut._kept) <= 8
+    assert {grant.fencing_token for grant in looked.grants("3")} == set(range(1, 51))
+
+
+def test_a_great_answer_is_not_kept_with_it(looked: LeaseStore) -> None:
+    looked.register([f"{n}" for n in range(300)])
+    assert len(looked.claim(owner="one", ttl=TTL, limit=300)) == 300
+    (direct,) = looked._shortcut._kept
+    assert direct._cursor.pgresult is None
+
+
+def test_a_forked_child_has_one_of_its_own(looked: LeaseStore, observer: Observer) -> None:
+    lease = take(looked)
+    pid = kept_pid(looked)
+    child = os.fork()
+    if not child:
+        took = False
+        try:
+            took = looked.acquire("b", owner="child", ttl=TTL) is not None and kept_pid(looked) != pid
+            gc.collect()
+        finally:
+            os._exit(0 if took else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert looked.release(lease)
+    assert kept_pid(looked) == pid
