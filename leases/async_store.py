@@ -74,7 +74,7 @@ class AsyncLeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
-        self._shortcut = Shortcut(self.engine.sync_engine)
+        self._shortcut = Shortcut(self.engine.sync_engine, ours=self.closes_engine)
         self._looks: set[asyncio.Task[None]] = set()
         fork.tell(self)
 

@@ -6,15 +6,16 @@ network do. So here SQLAlchemy opens the connections and writes the SQL (`prepar
 
 A `Direct` is to the operations what a `Connection` is, as far as those use one that may stand alone: `dialect`,
 `execute`, and of its answer `all`, `one_or_none`, `one`, `scalar_one` and iteration. It is only a first try, on a sound
-connection: whatever fails is tried again in a transaction, by SQLAlchemy. None is opened, and the transaction is taken,
+connection: whatever fails is tried again in a transaction, by SQLAlchemy. The transaction is taken at once,
 
+- on an Engine of the caller's: its listeners are to hear of everything, and its settings are to hold;
+- where somebody listens to our Engine's statements all the same, or has them logged;
 - where a session's default is not READ COMMITTED: only a transaction can say that it is to be (looked up once for each
-  connection);
-- where somebody listens to the Engine's statements, or has them logged: they are to be heard of.
+  connection).
 
-A store whose pool is its own keeps one connection out of it from call to call (`keeps`): to look whether it is sound
-takes a look at its socket, as the pool does, and no more. Whoever wants a connection of the pool for something else
-calls `let_go` first. An Engine of the caller's gets each connection back after each call, as it was.
+A sync store keeps one connection out of its pool from call to call (`keeps`): to look whether it is sound takes a look
+at its socket, as the pool does, and no more. Whoever wants a connection for something else calls `let_go` first. The
+pool sees to it that none of its connections comes back in autocommit mode (`engine.leave_autocommit`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from enum import Enum, auto
 from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar, cast
 
-import psycopg
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, MultipleResultsFound, NoResultFound
 
@@ -36,8 +36,10 @@ from leases.prepared import Statements
 
 R = TypeVar("R")
 
-HEARD = attrgetter("before_execute", "before_cursor_execute", "after_cursor_execute", "begin", "commit")
-"""The events of an Engine by which somebody hears of statements, or of transactions."""
+HEARD = attrgetter(
+    "begin", "before_execute", "before_cursor_execute", "after_cursor_execute", "after_execute", "commit", "rollback"
+)
+"""The events of an Engine by which somebody hears of statements, or of transactions. (Of connections one hears.)"""
 
 DEFAULT_LEVEL = "leases_default_isolation"
 """Where a pool's connection keeps what its session's default isolation level is."""
@@ -100,15 +102,25 @@ class Rows:
 
 
 class Direct:
-    """A connection of the pool in autocommit mode: each statement is a transaction of its own."""
+    """A connection in autocommit mode: each statement is a transaction of its own."""
 
-    def __init__(self, statements: Statements, connection: Any) -> None:
+    def __init__(self, statements: Statements, owner: Connection) -> None:
         self.dialect = statements.dialect
+        connection: Any = owner.connection
         self.connection = connection
+        self._owner = owner
         self._statements = statements
         self._cursor = connection.dbapi_connection.cursor()
         self._poller = select.poll()
         self._poller.register(connection.driver_connection.fileno(), select.POLLIN)
+
+    def give_back(self, *, interrupted: bool = False) -> None:
+        """Give the connection back to its pool; one in the middle of something is closed."""
+        try:
+            if interrupted:
+                self._owner.invalidate()
+        finally:
+            self._owner.close()
 
     @property
     def is_quiet(self) -> bool:
@@ -122,7 +134,7 @@ class Direct:
         try:
             cursor.execute(prepared.text, prepared.given(values))
             answer = cursor.fetchall()
-        except psycopg.Error as error:
+        except self.dialect.loaded_dbapi.Error as error:
             cause: Any = error
             broken = self.dialect.is_disconnect(cause, self.connection.driver_connection, cursor)
             raise DBAPIError(prepared.text, None, cause, hide_parameters=True, connection_invalidated=broken) from None
@@ -132,23 +144,33 @@ class Direct:
 
 
 class Shortcut:
-    """The way around transactions, on an Engine's pool: an Engine as `transaction.own` makes it."""
+    """The way around transactions, on the pool of an Engine as `transaction.own` makes it; `ours` unless a caller's."""
 
-    def __init__(self, engine: Engine, *, keeps: bool = False) -> None:
+    def __init__(self, engine: Engine, *, ours: bool, keeps: bool = False) -> None:
         self.engine = engine
-        self.keeps = keeps
-        self._is_for = engine.dialect.name == "postgresql"
+        self.keeps = keeps and ours
+        self._is_for = ours and engine.dialect.name == "postgresql"
         self._statements = Statements(engine)
         self._kept: deque[Direct] = deque()  # whose `append` and `pop` are for threads
 
-    def attempt(self, call: EitherWay[R]) -> R | NotTaken:
-        """Run a call's statements, each a transaction; `NOT_TAKEN` where there has to be one around them.
+    def take(self) -> Direct | None:
+        """A connection for `run`; None where there has to be a transaction. Raises what SQLAlchemy's `connect` does."""
+        if not self._is_for or self._is_heard():
+            return None
+        try:
+            direct = self._kept.pop()
+        except IndexError:
+            return self._connected()
+        if direct.is_quiet:
+            return direct
+        direct.give_back()  # the pool asks what it has to say, and replaces it if need be
+        return self._connected()
+
+    def run(self, direct: Direct, call: EitherWay[R]) -> R:
+        """Run a call's statements, each a transaction, and give the connection back.
 
         What the database refuses is a `DBAPIError`: after one with `connection_invalidated` nothing is known.
         """
-        direct = self._taken()
-        if direct is None:
-            return NOT_TAKEN
         sound, interrupted = False, True
         try:
             result = call.alone(cast(Connection, direct), 1)
@@ -161,7 +183,7 @@ class Shortcut:
             if sound and self.keeps and not self._kept:
                 self._kept.append(direct)
             else:
-                _give_back(direct.connection, interrupted)
+                direct.give_back(interrupted=interrupted)
 
     def let_go(self) -> None:
         """Give what is kept back to the pool."""
@@ -170,65 +192,45 @@ class Shortcut:
                 direct = self._kept.pop()
             except IndexError:  # another thread was faster
                 return
-            _give_back(direct.connection)
+            direct.give_back()
 
     def orphan(self) -> None:
         """In a forked child: forget what is kept; it is the parent's."""
         _INHERITED.extend(self._kept)
         self._kept.clear()
 
-    def _taken(self) -> Direct | None:
-        if not self._is_for or self._is_heard():
-            return None
+    def _connected(self) -> Direct | None:
+        owner = self.engine.connect()
+        usable = False
         try:
-            direct = self._kept.pop()
-        except IndexError:
-            pass
-        else:
-            if direct.is_quiet:
-                return direct
-            _give_back(direct.connection)  # which the pool asks what it has to say, and replaces if need be
-        connection = self._connected()
-        return None if connection is None else Direct(self._statements, connection)
+            connection: Any = owner.connection.dbapi_connection
+            connection.autocommit = True
+            usable = _reads_committed(owner)
+            return Direct(self._statements, owner) if usable else None
+        except self._error:  # the transaction's errors tell why
+            owner.invalidate()
+            return None
+        except BaseException:  # a signal, a cancelled task
+            owner.invalidate()
+            raise
+        finally:
+            if not usable:
+                owner.close()
 
-    def _connected(self) -> Any:
-        """A connection in autocommit mode; None where that cannot be: the transaction's errors tell why."""
-        try:
-            connection = self.engine.raw_connection()
-        except psycopg.Error:
-            return None
-        try:
-            driver: Any = connection.dbapi_connection
-            driver.autocommit = True
-            if _reads_committed(connection):
-                return connection
-        except psycopg.Error as error:
-            connection.invalidate(error)
-        _give_back(connection)
-        return None
+    @property
+    def _error(self) -> type[Exception]:
+        error: type[Exception] = self.engine.dialect.loaded_dbapi.Error
+        return error
 
     def _is_heard(self) -> bool:
         return any(HEARD(self.engine.dispatch)) or self.engine.logger.isEnabledFor(logging.INFO)
 
 
-def _reads_committed(connection: Any) -> bool:
-    level = connection.info.get(DEFAULT_LEVEL)
+def _reads_committed(owner: Connection) -> bool:
+    level = owner.info.get(DEFAULT_LEVEL)
     if level is None:
-        cursor = connection.cursor()
+        cursor: Any = owner.connection.cursor()
         cursor.execute("SHOW default_transaction_isolation")
         (level,) = cursor.fetchone()
-        connection.info[DEFAULT_LEVEL] = level
+        owner.info[DEFAULT_LEVEL] = level
     return bool(level == "read committed")
-
-
-def _give_back(connection: Any, interrupted: bool = False) -> None:
-    """Give a connection back to the pool as it was; one that is of no use, or in the middle of something, is closed."""
-    try:
-        if interrupted:
-            connection.invalidate()
-        elif connection.is_valid:
-            connection.dbapi_connection.autocommit = False
-    except psycopg.Error as error:
-        connection.invalidate(error)
-    finally:
-        connection.close()

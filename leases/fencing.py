@@ -46,6 +46,7 @@ from sqlalchemy import (
     Select,
     Table,
     and_,
+    bindparam,
     case,
     cast,
     column,
@@ -98,11 +99,14 @@ def named(lease: Lease) -> dict[str, Any]:
 
 def stale(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
     """The error that says who is current."""
-    current = connection.execute(
-        select(owners.c.fencing_token, owners.c.owner).where(owners.c.stream_id == lease.stream_id)
-    ).one_or_none()
+    current = connection.execute(_current(owners), {"stream": lease.stream_id}).one_or_none()
     token, owner = current if current is not None else (None, None)
     return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
+
+
+@cache
+def _current(owners: Table) -> Select[Any]:
+    return select(owners.c.fencing_token, owners.c.owner).where(owners.c.stream_id == bindparam("stream"))
 
 
 def refused(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:

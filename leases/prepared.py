@@ -102,8 +102,13 @@ class Statements:
 
 
 def _inline(dialect: Dialect, element: Any, **_: Any) -> Any:
-    """A value that the statement itself gives, to be written into its text; None leaves all else as it is."""
+    """A value that the statement itself gives, to be written into its text; None leaves all else as it is.
+
+    So is a text in which SQLAlchemy would look for the names of schemas.
+    """
     if not isinstance(element, BindParameter) or element.required:
+        return None
+    if isinstance(element.value, str) and "__[SCHEMA" in element.value:
         return None
     written = str(element.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
     return literal_column(written.replace("%%", "%"), element.type)  # which doubles it again

@@ -92,7 +92,7 @@ class LeaseStore:
         self.url = self.engine.url
         self.schema = schema
         self._tables = Tables(self.url, schema)
-        self._shortcut = Shortcut(self.engine, keeps=self.closes_engine)
+        self._shortcut = Shortcut(self.engine, ours=self.closes_engine, keeps=True)
         fork.tell(self)
 
     def migrate(self) -> tuple[str | None, str]:

@@ -147,8 +147,12 @@ def attempt_alone(shortcut: Shortcut, tables: Tables, call: EitherWay[R]) -> R |
     """Run a call without a transaction around its statements, unless one has to be."""
     if not tables.checked:
         return NOT_TAKEN
+    with translated(tables.url):
+        direct = shortcut.take()
+    if direct is None:
+        return NOT_TAKEN
     try:
-        return shortcut.attempt(call)
+        return shortcut.run(direct, call)
     except SQLAlchemyError as error:
         raise committed_or_not(error, tables.url) from None
 

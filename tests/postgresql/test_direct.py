@@ -15,9 +15,20 @@ from uuid import uuid4
 import psycopg
 import pytest
 from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.pool import QueuePool
 
-from leases import EventLog, Lease, LeaseHeld, LeaseStore, OutcomeUnknown, StaleToken, StoreError, StoreUnavailable
-from leases.direct import NOT_TAKEN, Direct, EitherWay
+from leases import (
+    EventLog,
+    Lease,
+    LeaseHeld,
+    LeaseStore,
+    OutcomeUnknown,
+    StaleToken,
+    StoreError,
+    StoreUnavailable,
+    direct,
+)
+from leases.direct import Direct, EitherWay
 from leases.events import append_alone
 from leases.model import Ending, Membership
 from leases.operations import acquire, claim, release, release_all, renew
@@ -238,8 +249,10 @@ def test_an_append_that_hangs_is_ended_at_its_leases_end(
 
 def attempted(store: LeaseStore) -> bool:
     """Whether a call that may go the direct way does."""
-    probe: EitherWay[str] = EitherWay(lambda *_: "within", lambda *_: "alone")
-    return store._shortcut.attempt(probe) is not NOT_TAKEN
+    direct = store._shortcut.take()
+    if direct is not None:
+        direct.give_back()
+    return direct is not None
 
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
@@ -286,11 +299,11 @@ def test_who_listens_to_an_engine_or_has_it_logged_hears_of_every_statement(
     heard: list[str] = []
     with LeaseStore(engine) as store:
         store.list()
-        assert attempted(store)
-        event.listen(engine, "before_cursor_execute", lambda *given: heard.append(given[2]))
-        take(store)
-    assert any("UPDATE leases" in statement for statement in heard)
+        assert not attempted(store), "it is the caller's"
     engine.dispose()
+    event.listen(looked.base_engine, "before_cursor_execute", lambda *given: heard.append(given[2]))
+    take(looked)
+    assert any("UPDATE leases" in statement for statement in heard)
 
 
 # --- the pool --------------------------------------------------------------------------------------------------
@@ -300,7 +313,6 @@ def test_a_callers_engine_gets_its_connections_back_as_they_were(engine: Engine,
     own = create_engine(engine.url, pool_size=1, max_overflow=0, isolation_level="REPEATABLE READ")
     with LeaseStore(own) as store:
         lease = take(store)
-        assert attempted(store)
         with pytest.raises(StaleToken):
             EventLog(store).append(Lease(**{**vars_of(lease), "fencing_token": 7}), {"e": 1})
         assert store.release(lease)
@@ -311,6 +323,67 @@ def test_a_callers_engine_gets_its_connections_back_as_they_were(engine: Engine,
             connection.rollback()
         assert store.audit() == []
     own.dispose()
+
+
+def test_a_callers_engine_that_commits_by_itself_still_does(engine: Engine, postgresql_url: str) -> None:
+    own = create_engine(engine.url, pool_size=1, max_overflow=0, isolation_level="AUTOCOMMIT")
+    with LeaseStore(own) as store:
+        lease = take(store)
+        store.renew([lease], owner="one", ttl=TTL)
+        assert EventLog(store).append(lease, {"e": 1}).count == 1
+    with own.connect() as connection:
+        connection.execute(text("CREATE TABLE mine (n integer)"))
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT to_regclass('mine')")).scalar_one() is not None
+    own.dispose()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, psycopg.OperationalError])
+def test_one_interrupted_while_it_is_asked_for_its_default_is_not_used_again(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    with LeaseStore(postgresql_url) as store:
+        lease = take(store)  # in a transaction: it has not looked at its tables
+
+        def interrupted(_: object) -> bool:
+            raise error
+
+        monkeypatch.setattr(direct, "_reads_committed", interrupted)
+        if issubclass(error, psycopg.Error):
+            assert store.release(lease), "in a transaction"
+        else:
+            with pytest.raises(error):
+                store.release(lease)
+        pool = store.base_engine.pool
+        assert isinstance(pool, QueuePool)
+        assert pool.checkedout() == 0
+        assert not pooled(store).autocommit
+
+
+def test_one_that_nobody_gives_back_begins_transactions_again(looked: LeaseStore) -> None:
+    taken = looked._shortcut.take()
+    assert taken is not None
+    driver = taken.connection.driver_connection
+    assert driver.autocommit
+    del taken
+    gc.collect()
+    assert pooled(looked) is driver
+    assert not driver.autocommit
+
+
+def test_a_stream_named_as_sqlalchemy_marks_a_schema_is_itself(postgresql_url: str) -> None:
+    name = "__[SCHEMA__none]"
+    with LeaseStore(postgresql_url, schema="shop") as store:
+        store.migrate()
+        for other in ('"shop"', "shop"):
+            assert store.acquire(other, owner="OTHER", ttl=TTL)
+        lease = store.acquire(name, owner="one", ttl=TTL)
+        assert lease is not None
+        store.expire(name, actor="op")
+        for log in (EventLog(store), EventLog(in_transactions(store))):
+            with pytest.raises(StaleToken) as refused:
+                log.append(lease, {"e": 1})
+            assert (refused.value.current_token, refused.value.current_owner) == (2, None)
 
 
 def vars_of(lease: Lease) -> dict[str, Any]:
@@ -324,8 +397,10 @@ def test_a_connection_that_was_interrupted_is_not_used_again(looked: LeaseStore,
     def interrupted(*_: object) -> None:
         raise error
 
+    direct = looked._shortcut.take()
+    assert direct is not None
     with pytest.raises(error):
-        looked._shortcut.attempt(EitherWay(interrupted, interrupted))
+        looked._shortcut.run(direct, EitherWay(interrupted, interrupted))
     assert before.closed
     assert attempted(looked)
 
@@ -385,9 +460,10 @@ def test_each_statement_is_durable_by_itself(
 
         def after(call: Callable[[Any], object]) -> str:
             """The setting after a statement, in its transaction, which is then undone."""
-            connection = store.engine.raw_connection()
+            owner = store.engine.connect()
+            connection = owner.connection
             try:
-                call(Direct(store._shortcut._statements, connection))
+                call(Direct(store._shortcut._statements, owner))
                 cursor = connection.cursor()
                 cursor.execute("SHOW synchronous_commit")
                 found = cursor.fetchone()
@@ -395,7 +471,7 @@ def test_each_statement_is_durable_by_itself(
                 return str(found[0])
             finally:
                 connection.rollback()
-                connection.close()
+                owner.close()
 
         calls: dict[str, Callable[[Any], object]] = {
             "acquire": lambda c: acquire(c, "b", owner="one", ttl=TTL),
