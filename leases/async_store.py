@@ -26,6 +26,7 @@ from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.store import LeaseStore
 from leases.transaction import (
+    LOOK_S,
     RETRY_FOR,
     Blocked,
     Call,
@@ -209,6 +210,8 @@ class AsyncLeaseStore:
 
     async def close(self) -> None:
         """Close the connections, unless the Engine is the caller's."""
+        if self._looks:
+            await asyncio.wait(self._looks, timeout=LOOK_S)
         if self.closes_engine:
             await self.base_engine.dispose()
 

@@ -32,6 +32,7 @@ from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
 from leases.transaction import (
+    LOOK_S,
     RETRY_FOR,
     Blocked,
     Call,
@@ -205,7 +206,12 @@ class LeaseStore:
         timer = threading.Timer(delay_s, run)
         timer.daemon = True
         timer.start()
-        return timer.cancel
+
+        def end() -> None:
+            timer.cancel()
+            timer.join(LOOK_S)  # one that has begun gives its connection back before the store may be closed
+
+        return end
 
     def close(self) -> None:
         """Close the connections, unless the Engine is the caller's."""

@@ -177,6 +177,10 @@ class Tables:
             self.checked = True
 
 
+LOOK_S = 2.0
+"""How long is waited at the most for a look that has begun, to give its connection back."""
+
+
 class Watch:
     """Looks, while an operator's action waits, at who blocks it; and ends those sessions if it is forced."""
 

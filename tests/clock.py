@@ -52,10 +52,21 @@ class Clock(ABC):
 class SqliteClock(Clock):
     """The engine's callback reads it at each call."""
 
-    def _set(self) -> None:
-        pass
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, ...], str] = {}
 
-    def strftime(self, form: str, when: str, *modifiers: str) -> str:
+    def _set(self) -> None:
+        self._said.clear()
+
+    def strftime(self, *asked: str) -> str:
+        """SQLite's own, as the product calls it; of one time the same is asked again and again."""
+        said = self._said.get(asked)
+        if said is None:
+            said = self._said[asked] = self._strftime(*asked)
+        return said
+
+    def _strftime(self, form: str, when: str, *modifiers: str) -> str:
         assert when == "now", f"the test's clock knows no other time than now: {when}"
         at = self.at
         for modifier in modifiers:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
 from leases import LeaseStore
-from tests import postgres
+from tests import databases, postgres
 
-NUMBER = itertools.count()
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have each of xdist's processes begin with its share of the long tests, so that all end at about the same time."""
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    ordered: list[pytest.Item] = []
+    for number in range(processes):
+        size = (len(items) - len(ordered)) // (processes - number)  # as xdist's worksteal cuts it
+        first = long[len(long) * number // processes : len(long) * (number + 1) // processes]  # chaos after chaos
+        ordered += first + short[: size - len(first)]
+        del short[: size - len(first)]
+    items[:] = ordered
 
 
 def pytest_collection_finish() -> None:
@@ -38,27 +49,14 @@ def maintenance(server: postgres.Server) -> Iterator[Engine]:
     engine.dispose()
 
 
-def _create_database(maintenance: Engine, template: str) -> str:
-    name = f"leases_test_{next(NUMBER)}"
-    with maintenance.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    return maintenance.url.set(database=name).render_as_string(hide_password=False)
-
-
-def _drop_database(maintenance: Engine, url: str) -> None:
-    with maintenance.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)"))
-
-
 @pytest.fixture(scope="session")
 def migrated_postgresql(maintenance: Engine) -> Iterator[str]:
     """The name of a migrated database, to copy from."""
-    url = _create_database(maintenance, "template0")
+    url = databases.create(maintenance, "template0")
     with LeaseStore(url) as store:
         store.migrate()
     yield url.rpartition("/")[2]
-    _drop_database(maintenance, url)
+    databases.drop(maintenance, url)
 
 
 @pytest.fixture(scope="session")
@@ -73,17 +71,25 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def empty_postgresql_url(maintenance: Engine) -> Iterator[str]:
     """A database of its own, without tables."""
-    url = _create_database(maintenance, "template0")
+    url = databases.create(maintenance, "template0")
     yield url
-    _drop_database(maintenance, url)
+    databases.drop(maintenance, url)
+
+
+@pytest.fixture(scope="session")
+def migrated_databases(maintenance: Engine, migrated_postgresql: str) -> Iterator[databases.Databases]:
+    """Migrated databases, for one test after the other."""
+    lent = databases.Databases(maintenance, migrated_postgresql)
+    yield lent
+    lent.close()
 
 
 @pytest.fixture
-def postgresql_url(maintenance: Engine, migrated_postgresql: str) -> Iterator[str]:
+def postgresql_url(migrated_databases: databases.Databases) -> Iterator[str]:
     """A migrated database of its own."""
-    url = _create_database(maintenance, migrated_postgresql)
+    url = migrated_databases.lend()
     yield url
-    _drop_database(maintenance, url)
+    migrated_databases.take_back(url)
 
 
 @pytest.fixture

@@ -22,18 +22,11 @@ from leases import (
     StreamSession,
     Worker,
 )
+from tests.waiting import until
 
 SOON_S = 20.0
 QUICK = timedelta(seconds=1)
 POLL = timedelta(seconds=0.1)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    give_up_at = time.monotonic() + SOON_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < give_up_at, f"it did not come true in {SOON_S:g} s: {what}"
-        pause.wait(0.01)
 
 
 Candidate = Callable[..., LeaderElection]

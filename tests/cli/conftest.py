@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,15 +112,6 @@ def ended(process: subprocess.Popen[str], timeout_s: float = 20) -> Outcome:
     assert "Traceback" not in (err or "")
     assert PASSWORD not in (out or "") + (err or "")
     return Outcome(process.returncode, out or "", err or "")
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 15) -> Any:
-    """Ask until the answer is true, and return it."""
-    give_up_at = time.monotonic() + timeout_s
-    while not (answer := condition()):
-        assert time.monotonic() < give_up_at, "it did not happen in time"
-        time.sleep(0.02)
-    return answer
 
 
 def held(store: LeaseStore, stream: str) -> Callable[[], bool]:

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import Engine, text
 
 from leases import LeaseStore
-from tests.cli.conftest import PASSWORD, Leases, Start, ended, held, until
+from tests.cli.conftest import PASSWORD, Leases, Start, ended, held
+from tests.waiting import until
 
 TTL = timedelta(seconds=60)
 

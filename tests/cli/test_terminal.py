@@ -17,7 +17,8 @@ from datetime import timedelta
 import pytest
 
 from leases import LeaseStore
-from tests.cli.conftest import Start, ended, until
+from tests.cli.conftest import Start, ended
+from tests.waiting import until
 
 TTL = timedelta(seconds=60)
 

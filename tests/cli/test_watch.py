@@ -8,7 +8,8 @@ import pytest
 from rich.cells import cell_len
 
 from leases import LeaseStore
-from tests.cli.conftest import Leases, until
+from tests.cli.conftest import Leases
+from tests.waiting import until
 
 TTL = timedelta(seconds=60)
 

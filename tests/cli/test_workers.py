@@ -13,7 +13,8 @@ import pytest
 
 from leases import LeaseStore, Worker
 from leases.model import Membership
-from tests.cli.conftest import PASSWORD, Leases, Start, ended, until
+from tests.cli.conftest import PASSWORD, Leases, Start, ended
+from tests.waiting import until
 
 TTL = timedelta(seconds=60)
 HANDLER = "tests.fleet.handlers:count_up"

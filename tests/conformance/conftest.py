@@ -9,10 +9,9 @@ from sqlalchemy import Engine
 
 from leases import EventLog, LeaseStore
 from leases.schema import metadata
+from tests import databases
 from tests.clock import START, Clock, standing
 from tests.conformance.driver import Caller, Loop, execute, log_of, opened
-from tests.conftest import _create_database as create_database
-from tests.conftest import _drop_database as drop_database
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +33,10 @@ def loop(request: pytest.FixtureRequest) -> Loop | None:
 @pytest.fixture(scope="session")
 def shared_postgresql(maintenance: Engine, migrated_postgresql: str) -> Iterator[tuple[str, Clock]]:
     """One database and its clock for the suite: to empty the tables takes a tenth of making a database anew."""
-    url = create_database(maintenance, migrated_postgresql)
+    url = databases.create(maintenance, migrated_postgresql)
     with standing(url) as clock:
         yield url, clock
-    drop_database(maintenance, url)
+    databases.drop(maintenance, url)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

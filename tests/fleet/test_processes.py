@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta
@@ -17,19 +16,11 @@ import pytest
 from sqlalchemy import text
 
 from leases import LeaseStore
+from tests.waiting import until
 
 PATIENCE_S = 60.0
 POLL_S = 1.0
 ROOT = Path(__file__).parents[2]
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Ask until the answer is true, and return it."""
-    give_up_at = time.monotonic() + PATIENCE_S
-    while not (answer := condition()):
-        assert time.monotonic() < give_up_at, f"it did not come true in {PATIENCE_S:g} s: {what}"
-        time.sleep(0.02)
-    return answer
 
 
 class Process:
@@ -85,6 +76,7 @@ def scalar(store: LeaseStore, query: str, **values: Any) -> Any:
     return store.run(lambda connection: connection.execute(text(query), values).scalar_one(), read_only=True)
 
 
+@pytest.mark.long
 def test_a_fleet_of_processes_settles_after_kills_a_freeze_a_drain_and_joins(
     postgresql_url: str, started: Callable[..., Process]
 ) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from leases import LeaseStore
+from tests import databases
 from tests.conformance.driver import Loop, opened
-from tests.conftest import _create_database as create_database
-from tests.conftest import _drop_database as drop_database
 from tests.hostile.laws import World
 
 
@@ -42,10 +41,10 @@ def one_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             yield world
         return
     maintenance = request.getfixturevalue("maintenance")
-    url = create_database(maintenance, request.getfixturevalue("migrated_postgresql"))
+    url = databases.create(maintenance, request.getfixturevalue("migrated_postgresql"))
     with closing(World(url, room)) as world:
         yield world
-    drop_database(maintenance, url)
+    databases.drop(maintenance, url)
 
 
 @pytest.fixture

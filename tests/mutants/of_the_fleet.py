@@ -67,13 +67,13 @@ OF_THE_FLEET = (
         "adopt-what-was-lost",
         "a grant that was held here, and lost, is adopted while its work may still run",
         (Edit(REGISTRY, "return self._adopts and (by_operator", "return self._adopts or (by_operator"),),
-        ("tests/test_worker.py -k adopted",),
+        ("tests/worker -k adopted",),
     ),
     Mutant(
         "adopt-nothing",
         "what an operator moves to a worker is left to expire",
         (Edit(REGISTRY, "return self._adopts and (by_operator", "return False and (by_operator"),),
-        ("tests/test_worker.py -k adopted",),
+        ("tests/worker -k adopted",),
     ),
     Mutant(
         "release-while-it-runs",
@@ -85,19 +85,19 @@ OF_THE_FLEET = (
                 "            if run.stop_by_s is None:\n                run.stop_by_s = now_s",
             ),
         ),
-        ("tests/test_worker.py -k finish_what",),
+        ("tests/worker -k finish_what",),
     ),
     Mutant(
         "release-forgets-the-locked",
         "a stream whose row was locked when it was to be released is left to expire",
         (Edit(RUNS, "for session in locked}", "for session in locked if False}"),),
-        ("tests/test_worker.py -k locked",),
+        ("tests/worker -k locked",),
     ),
     Mutant(
         "stall-keeps-the-lease",
         "a handler that stalls keeps its stream",
         (Edit(RUNS, "            elif self._stalls(run, now_s):", "            elif False:"),),
-        ("tests/test_worker.py -k stalls",),
+        ("tests/worker -k stalls",),
     ),
     Mutant(
         "stalled-thread-not-replaced",
@@ -109,7 +109,7 @@ OF_THE_FLEET = (
                 "                if self._due",
             ),
         ),
-        ("tests/test_worker.py -k stalls",),
+        ("tests/worker -k stalls",),
     ),
     Mutant(
         "exit-without-release",

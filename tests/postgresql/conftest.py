@@ -10,16 +10,15 @@ from sqlalchemy.pool import NullPool
 
 from leases import LeaseStore
 from leases.schema import metadata
-from tests.conftest import _create_database as create_database
-from tests.conftest import _drop_database as drop_database
+from tests import databases
 from tests.postgresql.race import Observer
 
 
 @pytest.fixture(scope="session")
 def shared_url(maintenance: Engine, migrated_postgresql: str) -> Iterator[str]:
-    url = create_database(maintenance, migrated_postgresql)
+    url = databases.create(maintenance, migrated_postgresql)
     yield url
-    drop_database(maintenance, url)
+    databases.drop(maintenance, url)
 
 
 @pytest.fixture

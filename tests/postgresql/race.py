@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -12,18 +11,11 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection, Engine, text
 
 from leases import Lease, fence
+from tests.waiting import until
 
 R = TypeVar("R")
 
 PATIENCE_S = 15.0
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for a condition to come true; fail if it does not in good time."""
-    give_up_at = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up_at, f"it did not come true in {PATIENCE_S:g} s: {what}"
-        time.sleep(0.004)
 
 
 class Background(Generic[R]):

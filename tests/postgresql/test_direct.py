@@ -22,7 +22,8 @@ from leases.events import append_alone
 from leases.model import Ending, Membership
 from leases.operations import acquire, claim, release, release_all, renew
 from tests.conformance.driver import TTL, take
-from tests.postgresql.race import Background, Observer, locking, until
+from tests.postgresql.race import Background, Observer, locking
+from tests.waiting import until
 
 SHORT = timedelta(milliseconds=500)
 

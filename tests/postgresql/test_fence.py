@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from leases import EventLog, Lease, LeaseStore, StaleToken, fence
 from leases.faults import sqlstate
 from tests.conformance.driver import TTL, take
-from tests.postgresql.race import PATIENCE_S, Background, Observer, until, writing
+from tests.postgresql.race import PATIENCE_S, Background, Observer, writing
+from tests.waiting import until
 
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 

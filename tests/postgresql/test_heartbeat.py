@@ -12,7 +12,8 @@ from leases import EventLog, Lease, LeaseStore, operations
 from leases.model import Loss, Membership
 from leases.operations import put_checkpoint
 from tests.conformance.driver import TTL, take
-from tests.postgresql.race import Background, Observer, locking, until, writing
+from tests.postgresql.race import Background, Observer, locking, writing
+from tests.waiting import until
 
 
 def claim(store: LeaseStore, count: int, ttl: timedelta = TTL, owner: str = "one") -> list[Lease]:

@@ -13,7 +13,8 @@ from sqlalchemy import Engine
 from leases import LeaseStore, Worker
 from leases.line import Line
 from leases.model import Ending, Membership, Released
-from tests.postgresql.race import PATIENCE_S, Background, locking, until
+from tests.postgresql.race import PATIENCE_S, Background, locking
+from tests.waiting import until
 
 TTL = timedelta(seconds=60)
 

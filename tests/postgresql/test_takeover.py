@@ -9,13 +9,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import QueuePool
 
-from leases import Lease, LeaseHeld, LeaseStore, StaleToken, fence, operations
+from leases import Lease, LeaseHeld, LeaseStore, StaleToken, fence, operations, views
 from leases.administration import end_now
+from leases.model import Blocker
 from tests.conformance.driver import TTL, take
-from tests.postgresql.race import Background, Observer, locking, until, writing
+from tests.postgresql.race import Background, Observer, locking, writing
+from tests.waiting import until
 
 WRITE = text("INSERT INTO work VALUES (:token, 'written')")
 
@@ -117,6 +120,27 @@ def test_an_operator_that_waits_too_long_is_told_who_blocks(
     for said in ("expired, not yet fenced", f"pid {pid}", "billing"):
         assert said in str(held.value)
     assert store.expire("a", actor="op") == 2, "what was begun can be finished"
+
+
+def test_a_slow_look_at_who_blocks_has_given_its_connection_back_when_the_operator_is_told(
+    store: LeaseStore, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, began = views.blockers, threading.Event()
+
+    def slowly(connection: Connection, pid: int) -> list[Blocker]:
+        began.set()
+        threading.Event().wait(0.5)  # it is slow
+        return look(connection, pid)
+
+    monkeypatch.setattr(views, "blockers", slowly)
+    lease = take(store)
+    with writing(engine, lease):
+        with pytest.raises(LeaseHeld):
+            store.expire("a", actor="op", timeout=timedelta(seconds=0.4))
+        assert began.is_set()
+        pool = store.base_engine.pool
+        assert isinstance(pool, QueuePool)
+        assert pool.checkedout() == 0
 
 
 def test_writers_that_follow_each_other_do_not_hold_an_operator_up_beyond_its_timeout(
