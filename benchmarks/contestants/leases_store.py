@@ -23,6 +23,12 @@ from leases.registry import DEFAULT_TTL, incarnation
 
 PATIENCE_S = 60.0
 
+FREE = text(
+    "UPDATE leases SET owner = NULL, expires_at = NULL, available_at = registered_at "
+    "WHERE pool = :pool AND owner IS NOT NULL"
+)
+"""Past the library: what owners hold is free."""
+
 
 class LeasesClient(Client):
     def __init__(self, url: str, ttl_s: float | None) -> None:
@@ -138,11 +144,7 @@ class _Leases(Contestant):
         pool = pool_of(streams)
         with LeaseStore(self.url) as store:
             # What the last round's owners hold is free first: the round begins with one dead owner.
-            free = text(
-                "UPDATE leases SET owner = NULL, expires_at = NULL, available_at = registered_at "
-                "WHERE pool = :pool AND owner IS NOT NULL"
-            )
-            store.run(lambda connection: connection.execute(free, {"pool": pool}))
+            store.run(lambda connection: connection.execute(FREE, {"pool": pool}))
             taken = store.claim(owner="the dead", ttl=timedelta(seconds=TTL_S), limit=len(streams), pool=pool)
             assert len(taken) == len(streams)
             past = text("UPDATE leases SET expires_at = acquired_at WHERE pool = :pool")
@@ -171,6 +173,10 @@ class _Leases(Contestant):
 
             yield once
             line.close()
+            # A round costs by the owners that there are, of all pools: the next case has its own, and no others.
+            store.run(lambda connection: connection.execute(FREE, {"pool": pool}))
+            for name in names:
+                store.dismiss(name)
 
     @abstractmethod
     def settle(self, store: LeaseStore) -> None:
