@@ -14,8 +14,9 @@ connection: whatever fails is tried again in a transaction, by SQLAlchemy. The t
   connection).
 
 A sync store keeps one connection out of its pool from call to call (`keeps`): to look whether it is sound takes a look
-at its socket, as the pool does, and no more. Whoever wants a connection for something else calls `let_go` first. The
-pool sees to it that none of its connections comes back in autocommit mode (`engine.leave_autocommit`).
+at its socket, as the pool does, and no more. Whoever wants a connection for something else calls `let_go` first.
+However a connection comes back to the pool, it begins transactions again: SQLAlchemy undoes the isolation level that
+`transaction.own` has it set, and autocommit with it.
 """
 
 from __future__ import annotations

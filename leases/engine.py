@@ -221,7 +221,6 @@ def _prepare(engine: Engine) -> None:
         event.listen(engine, "begin", begin_immediate)
     else:
         event.listen(engine, "checkout", functools.partial(_replace_closed, engine.dialect))
-        event.listen(engine, "checkin", leave_autocommit)
 
 
 def _replace_closed(dialect: Dialect, connection: Any, record: Any, _proxy: object) -> None:
@@ -240,15 +239,6 @@ def _replace_closed(dialect: Dialect, connection: Any, record: Any, _proxy: obje
             dialect.do_ping(connection)
     except (psycopg.Error, OSError) as error:
         raise InvalidatePoolError(f"this connection is of no use: {error}") from None
-
-
-def leave_autocommit(connection: Any, record: Any) -> None:
-    """Have each connection that comes back to the pool begin transactions again, however it comes back."""
-    if connection is not None and connection.autocommit:
-        try:
-            connection.autocommit = False
-        except Exception as error:  # noqa: BLE001  # whatever it is: the pool makes another one
-            record.invalidate(error)
 
 
 def as_writer(engine: Engine) -> Engine:

@@ -187,12 +187,6 @@ OF_THE_FENCE = (
         (f"{DIRECT} -k no_refusal",),
     ),
     Mutant(
-        "direct-leaves-autocommit",
-        "a pool gets its connections back in autocommit mode",
-        (Edit("leases/direct.py", "connection.dbapi_connection.autocommit = False", "pass"),),
-        (f"{DIRECT} -k as_they_were",),
-    ),
-    Mutant(
         "direct-keeps-interrupted",
         "a connection that was interrupted goes back to its pool",
         (Edit("leases/direct.py", "        if interrupted:\n", "        if False:\n"),),
@@ -201,7 +195,7 @@ OF_THE_FENCE = (
     Mutant(
         "direct-trusts-what-is-kept",
         "the connection that a store keeps is used without a look whether the server has ended it",
-        (Edit("leases/direct.py", "            if direct.is_quiet:\n", "            if True:\n"),),
+        (Edit("leases/direct.py", "        if direct.is_quiet:\n", "        if True:\n"),),
         (f"{DIRECT} -k replaced_before",),
     ),
     Mutant(

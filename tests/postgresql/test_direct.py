@@ -28,7 +28,7 @@ from leases import (
     StoreUnavailable,
     direct,
 )
-from leases.direct import Direct, EitherWay
+from leases.direct import Direct, EitherWay, Shortcut
 from leases.events import append_alone
 from leases.model import Ending, Membership
 from leases.operations import acquire, claim, release, release_all, renew
@@ -546,7 +546,7 @@ def test_one_that_the_server_has_ended_is_replaced_before_anything_is_tried(
 def test_it_is_let_go_where_it_is_the_last_of_its_pool(engine: Engine) -> None:
     own = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=0.5)
     with LeaseStore(own, retry_for=timedelta(0)) as store:
-        store._shortcut.keeps = True
+        store._shortcut = Shortcut(store.engine, ours=True, keeps=True)
         lease = take(store)
         for _ in range(2):
             assert EventLog(store).append(lease, {uuid4().hex: 1}).count == 1
