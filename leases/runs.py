@@ -78,8 +78,8 @@ class Runs:
         self._runs: dict[StreamSession, Run] = {}
         self._ended: queue.SimpleQueue[Run] = queue.SimpleQueue()
         self._owed: dict[StreamSession, Ending] = {}
-        self._lingering: set[Run] = set()
-        """Runs whose session is lost, and whose call has not returned."""
+        self._latest: dict[str, Run] = {}
+        """Of each stream the run that was granted last, until its work has ended: it may outlast its session."""
         self._enforce_at_s = math.inf if terms.stall_s is None else registry.now_s()
 
     # --- what there is ---------------------------------------------------------------------------------------------
@@ -111,17 +111,18 @@ class Runs:
         run = Run(session)
         now_s = self._registry.now_s()
         with self._lock:
-            # Of an earlier grant the call may still run: never two at once, and nobody waits for ever.
-            if not self.draining:
-                run.after = next((old for old in self._lingering if old.session.stream_id == session.stream_id), None)
-            if run.after is not None:
-                run.stop_by_s = now_s + self._terms.drain_s
+            # Of an earlier grant the call may still run, be it that its loss is not known yet: never two at once.
+            older = self._latest.get(session.stream_id)
+            if older is not None and not older.ended and not self.draining:
+                run.after = older
+                run.stop_by_s = now_s + self._terms.drain_s  # nobody waits for ever
                 self._enforce_at_s = min(self._enforce_at_s, run.stop_by_s)
-            self._runs[session] = run
+            self._runs[session] = self._latest[session.stream_id] = run
+            begins = run.after is None
         self._tell(Happening.GRANTED, session)
         if self.draining:
             session.stop()
-        if run.after is None:
+        if begins:
             self.runner.begin(run)
         if self.draining:
             self.ask_to_end(run, now_s)
@@ -138,9 +139,9 @@ class Runs:
         self._tell(Happening.LOST, session, reason=str(loss))
         run = self._runs.get(session)
         if run is not None:
-            with self._lock:
-                if not run.ended and loss is not Loss.STALLED:
-                    self._lingering.add(run)
+            if loss is Loss.STALLED:  # nobody waits for that one
+                with self._lock:
+                    self._forget(run)
             self.runner.abandon(run)
             if run.after is not None:
                 self.ended(run)  # it was never begun
@@ -148,17 +149,23 @@ class Runs:
 
     def ended(self, run: Run) -> None:
         """Hear from the runner that a session's work has ended."""
-        next_ones: list[Run] = []
         with self._lock:
-            if run in self._lingering:  # seldom; only then may others wait for it
-                self._lingering.remove(run)
-                next_ones = [each for each in self._runs.values() if each.after is run]
-            for each in next_ones:
-                each.after = each.stop_by_s = None
-        for each in next_ones:
-            self.runner.begin(each)
+            waiting = self._latest.get(run.session.stream_id)
+            if waiting is None or waiting.after is not run:
+                waiting = None
+                self._forget(run)
+            elif run.after is not None and not run.after.ended:  # this one was never begun
+                waiting.after, waiting = run.after, None
+            else:
+                waiting.after = waiting.stop_by_s = None
+        if waiting is not None:
+            self.runner.begin(waiting)
         self._ended.put(run)
         self._wake()
+
+    def _forget(self, run: Run) -> None:
+        if self._latest.get(run.session.stream_id) is run:
+            del self._latest[run.session.stream_id]
 
     # --- settle ----------------------------------------------------------------------------------------------------
 

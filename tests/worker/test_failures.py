@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import text
 
-from leases import AsyncStreamSession, Backoff, Happening, LeaseStore, StaleToken, StreamSession, Worker
+from leases import AsyncStreamSession, Backoff, Happening, LeaseStore, StaleToken, StreamSession, Worker, WorkerEvent
 from leases.model import State
 from tests.waiting import until
 from tests.worker.helpers import NO_REST, POLL, QUICK, SOON_S, Seen, checkpoint, count_up, owners
@@ -147,6 +147,39 @@ def test_a_handler_is_never_called_twice_at_once_for_one_stream(store: LeaseStor
         assert most == 1
         let_go.set()
         until(lambda: worker.sessions and most == 1 and began.acquire(timeout=0), "it is called anew")
+    assert most == 1
+
+
+def test_nor_is_it_where_the_stream_is_had_again_before_its_loss_is_known(store: LeaseStore, seen: Seen) -> None:
+    inside, most, let_go, again = 0, 0, threading.Event(), threading.Event()
+    lock = threading.Lock()
+
+    def handle(session: StreamSession) -> timedelta:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        let_go.wait(SOON_S)
+        with lock:
+            inside -= 1
+        return timedelta(seconds=0.05)
+
+    def hear(event: WorkerEvent) -> None:
+        seen(event)
+        if event.happening is Happening.GRANTED and len(seen.of(Happening.GRANTED)) == 2:
+            again.set()
+        if event.happening is Happening.LOST and threading.current_thread().name != "leases-plan":
+            assert again.wait(SOON_S)  # the heartbeat has found it, and the planner is faster
+
+    with Worker(store, handle, streams=["a"], poll_interval=POLL, ttl=QUICK, on_event=hear) as worker:
+        until(lambda: inside == 1, "it is called")
+        store.expire("a", actor="op")
+        assert again.wait(SOON_S)
+        seen.wait_for(Happening.LOST)
+        seen.wait_for(Happening.RENEWED, len(seen.of(Happening.RENEWED)) + 2)
+        assert most == 1
+        let_go.set()
+        until(lambda: worker.sessions, "it has it")
     assert most == 1
 
 
