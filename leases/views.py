@@ -6,12 +6,10 @@ Functions of a `Connection`, as in `operations`. None changes anything; `require
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import (
     Connection,
     Integer,
-    Select,
     Text,
     and_,
     any_,
@@ -30,9 +28,17 @@ from leases.dialects import matches_glob, now
 from leases.errors import LeaseNotHeld
 from leases.model import AuditEntry, Blocker, Checkpoint, EndReason, Grant, LeaseInfo, State, WorkerInfo
 from leases.schema import lease_audit, lease_checkpoints, lease_grants, lease_workers, leases
-from leases.statements import LIVE
+from leases.statements import LIVE, STREAM
 
 INFO = select(*leases.c, func.coalesce(LIVE, literal(False)).label("live"), now().label("seen_at"))
+
+INFO_OF = INFO.where(leases.c.stream_id == STREAM)
+
+LOCKED = {
+    for_grant: leases.select().where(leases.c.stream_id == STREAM).with_for_update(key_share=not for_grant)
+    for for_grant in (False, True)
+}
+"""A stream's row, locked as a grant would lock it, or as a heartbeat would."""
 
 STATE = case(
     (leases.c.retired_at.is_not(None), State.RETIRED),
@@ -47,7 +53,7 @@ STATE = case(
 
 def get(connection: Connection, stream_id: str) -> LeaseInfo | None:
     """One stream as it stands, or None if it is unknown."""
-    return _one(connection, INFO.where(leases.c.stream_id == limits.stream_id(stream_id)))
+    return _one(connection, limits.stream_id(stream_id))
 
 
 def require(connection: Connection, stream_id: str, *, locked: bool = False, for_grant: bool = False) -> LeaseInfo:
@@ -55,18 +61,17 @@ def require(connection: Connection, stream_id: str, *, locked: bool = False, for
 
     With `for_grant` locked as a grant would: it waits for fenced writes in flight. The answer is of after the wait.
     """
-    chosen = INFO.where(leases.c.stream_id == limits.stream_id(stream_id))
+    name = limits.stream_id(stream_id)
     if locked:
-        lock = leases.select().where(leases.c.stream_id == stream_id)
-        connection.execute(lock.with_for_update(key_share=not for_grant)).one_or_none()
-    info = _one(connection, chosen)
+        connection.execute(LOCKED[for_grant], {"stream": name}).one_or_none()
+    info = _one(connection, name)
     if info is None:
         raise LeaseNotHeld(f"no stream is called {stream_id!r}; `leases list` shows them", stream_id=stream_id)
     return info
 
 
-def _one(connection: Connection, chosen: Select[Any]) -> LeaseInfo | None:
-    row = connection.execute(chosen).mappings().one_or_none()
+def _one(connection: Connection, stream_id: str) -> LeaseInfo | None:
+    row = connection.execute(INFO_OF, {"stream": stream_id}).mappings().one_or_none()
     return None if row is None else LeaseInfo(**row)
 
 

@@ -63,8 +63,8 @@ OF_THE_REST = (
         (
             Edit(
                 "leases/views.py",
-                "lock.with_for_update(key_share=not for_grant)",
-                "lock.with_for_update(key_share=True)",
+                "with_for_update(key_share=not for_grant)",
+                "with_for_update(key_share=True)",
             ),
         ),
         ("tests/postgresql/test_takeover.py",),
