@@ -18,15 +18,29 @@ from tests import databases, postgres
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Have each of xdist's processes begin with its share of the long tests, so that all end at about the same time."""
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
-    long = [item for item in items if item.get_closest_marker("long")]
     short = [item for item in items if not item.get_closest_marker("long")]
     ordered: list[pytest.Item] = []
-    for number in range(processes):
+    for number, first in enumerate(_shares([item for item in items if item.get_closest_marker("long")], processes)):
         size = (len(items) - len(ordered)) // (processes - number)  # as xdist's worksteal cuts it
-        first = long[len(long) * number // processes : len(long) * (number + 1) // processes]  # chaos after chaos
         ordered += first + short[: size - len(first)]
         del short[: size - len(first)]
     items[:] = ordered
+
+
+def _shares(long: list[pytest.Item], processes: int) -> list[list[pytest.Item]]:
+    """The long tests, each at the process that has least to do so far; those of chaos at one: they would disturb."""
+    units: dict[object, list[pytest.Item]] = {}
+    for item in long:
+        units.setdefault(item.path if item.path.parent.name == "chaos" else item, []).append(item)
+    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for unit in sorted(units.values(), key=_seconds, reverse=True):
+        min(shares, key=_seconds).extend(unit)
+    return shares
+
+
+def _seconds(items: list[pytest.Item]) -> float:
+    """About how long they take."""
+    return sum(float(mark.args[0]) for item in items if (mark := item.get_closest_marker("long")) is not None)
 
 
 def pytest_collection_finish() -> None:

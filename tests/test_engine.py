@@ -323,7 +323,7 @@ def claim_and_release(url: str, owner: str, began: threading.Barrier, seconds: f
     return longest_s
 
 
-@pytest.mark.long
+@pytest.mark.long(12)
 def test_of_eight_processes_that_write_to_a_file_none_is_kept_waiting(sqlite_url: str) -> None:
     with LeaseStore(sqlite_url) as store:
         store.register(f"s{number:03}" for number in range(400))

@@ -31,7 +31,7 @@ def test_the_ten_lines_are_ten_lines() -> None:
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.long
+@pytest.mark.long(25)
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(commands) > 10

@@ -17,7 +17,7 @@ needs_java = pytest.mark.skipif(
 )
 
 
-@pytest.mark.long
+@pytest.mark.long(20)
 @needs_java
 @pytest.mark.parametrize("config", ["Lease.cfg", "Live.cfg"])
 def test_the_promises_hold(config: str) -> None:
@@ -26,7 +26,7 @@ def test_the_promises_hold(config: str) -> None:
     assert verdict.distinct > 2_000  # TLC has looked at more than the beginning
 
 
-@pytest.mark.long
+@pytest.mark.long(11)
 @needs_java
 def test_each_protection_is_needed() -> None:
     for variant, verdict in check.harm(QUICK):

@@ -19,7 +19,7 @@ def told(outcome: Outcome) -> str:
     return "\n".join([*lines, f"records: {outcome.kept}", f"run it again: {outcome.plan.command}"])
 
 
-@pytest.mark.long
+@pytest.mark.long(45)
 @pytest.mark.parametrize("engine", SECONDS)
 def test_no_promise_is_broken(engine: str) -> None:
     outcome = run(Plan(engine, SECONDS[engine], seed=1, workers=6 if engine == "sqlite" else 5), print)
@@ -36,7 +36,7 @@ def test_no_promise_is_broken(engine: str) -> None:
         assert outcome.figures["answers of COMMIT swallowed"], outcome.figures
 
 
-@pytest.mark.long
+@pytest.mark.long(17)
 def test_no_promise_is_broken_when_a_synchronous_standby_takes_over() -> None:
     faults = ("failover", "kill", "swallow")
     outcome = run(Plan("postgresql", 12.0, seed=3, world=FAILOVER, faults=faults), print)
@@ -70,7 +70,7 @@ def test_the_servers_clock_goes_both_ways_and_is_healed_to_the_furthest(tmp_path
     assert [*shown, (tmp_path / "clock").read_text()] == ["+5.000\n", "-15.000\n", "-13.500\n", "+5.000\n"]
 
 
-@pytest.mark.long
+@pytest.mark.long(10)
 def test_a_broken_product_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--engine", "sqlite", "--seconds", "8", "--seed", "5", "--mutant", "no-fence", "--faults", "kill,stop"]
     assert main(arguments) == 1

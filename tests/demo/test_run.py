@@ -66,7 +66,7 @@ def figures(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.long
+@pytest.mark.long(10)
 def test_a_killed_and_a_frozen_worker_cost_nothing(
     demo: Callable[..., subprocess.CompletedProcess[str]], url: str, temporary: Path
 ) -> None:
@@ -91,7 +91,7 @@ def test_a_killed_and_a_frozen_worker_cost_nothing(
     assert (figures(again)["events_in_log"], figures(again)["takeovers"]) == (240, 0)
 
 
-@pytest.mark.long
+@pytest.mark.long(11)
 def test_workers_join_and_leave_and_others_are_struck_and_it_costs_nothing(
     demo: Callable[..., subprocess.CompletedProcess[str]], file: Path, url: str
 ) -> None:
@@ -126,7 +126,7 @@ def test_workers_join_and_leave_and_others_are_struck_and_it_costs_nothing(
     }
 
 
-@pytest.mark.long
+@pytest.mark.long(5)
 def test_of_one_event_its_frozen_writer_is_refused_all_the_same(
     demo: Callable[..., subprocess.CompletedProcess[str]], file: Path, url: str
 ) -> None:

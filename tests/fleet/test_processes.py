@@ -76,7 +76,7 @@ def scalar(store: LeaseStore, query: str, **values: Any) -> Any:
     return store.run(lambda connection: connection.execute(text(query), values).scalar_one(), read_only=True)
 
 
-@pytest.mark.long
+@pytest.mark.long(18)
 def test_a_fleet_of_processes_settles_after_kills_a_freeze_a_drain_and_joins(
     postgresql_url: str, started: Callable[..., Process]
 ) -> None:

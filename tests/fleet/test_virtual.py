@@ -61,7 +61,7 @@ def operate(world: World, check: Check, action: str, **options: object) -> None:
         world.happened[action] += 1
 
 
-@pytest.mark.long
+@pytest.mark.long(30)
 @pytest.mark.parametrize("world", [20261125], indirect=True)
 def test_fifty_workers_keep_every_promise_for_a_thousand_rounds(world: World) -> None:
     check = Check(world)

@@ -24,7 +24,7 @@ SHARES = 8
 STEPS_ON_POSTGRESQL = 1_500
 
 
-@pytest.mark.long
+@pytest.mark.long(10)
 def test_no_story_that_hypothesis_finds_tells_the_product_from_the_model(product: Product) -> None:
     run_state_machine_as_test(
         machine(product),
@@ -39,7 +39,7 @@ def test_no_story_that_hypothesis_finds_tells_the_product_from_the_model(product
     )
 
 
-@pytest.mark.long
+@pytest.mark.long(12)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_nor_do_very_many_steps_on_sqlite(share: int) -> None:
     steps = STEPS // SHARES
@@ -49,7 +49,7 @@ def test_nor_do_very_many_steps_on_sqlite(share: int) -> None:
     assert figures.grants > steps // 20
 
 
-@pytest.mark.long
+@pytest.mark.long(6)
 def test_nor_do_many_steps_on_postgresql(postgresql_url: str) -> None:
     with on_postgresql(postgresql_url) as product:
         figures = volume.run(product, steps=STEPS_ON_POSTGRESQL, seed=1)
