@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from leases import AsyncStreamSession, Backoff, Happening, LeaseStore, StaleToken, StreamSession, Worker, WorkerEvent
 from leases.model import State
+from leases.runner import Run
 from tests.waiting import until
 from tests.worker.helpers import NO_REST, POLL, QUICK, SOON_S, Seen, checkpoint, count_up, owners
 
@@ -276,3 +277,40 @@ def test_a_row_that_somebody_has_locked_does_not_stop_the_planner(postgresql_url
                 connection.execute(text("SELECT 1 FROM leases WHERE stream_id = 'a' FOR NO KEY UPDATE"))
                 store.register(["b", "c"])
                 until(lambda: {"b", "c"} <= set(worker.sessions), "it takes what is free")
+
+
+class Starving:
+    """A runner that says of its one thread that it has been in one call for long, while others wait."""
+
+    returned = 0
+
+    def begin(self, run: Run) -> None: ...
+    def stop(self, run: Run) -> None: ...
+    def abandon(self, run: Run) -> None: ...
+    def close(self) -> None: ...
+
+    def starving(self, after_s: float) -> int | None:
+        return 1
+
+    def stands_still_s(self) -> float | None:
+        return 0.0
+
+    def owns_this_thread(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("step_s", "capacity"), [(0.2, 1), (4.0, None)], ids=["awake", "stood still"])
+def test_a_worker_that_stood_still_does_not_take_the_pause_for_calls_that_last(
+    store: LeaseStore, monkeypatch: pytest.MonkeyPatch, step_s: float, capacity: int | None
+) -> None:
+    worker = Worker(store, print, poll_interval=POLL, ttl=QUICK)
+    planner, now_s = worker._planner, worker.registry.now_s()
+    monkeypatch.setattr(worker.registry, "now_s", lambda: now_s)
+    planner.runs.runner = Starving()
+    worker.registry.keeper.beat(worker._line)
+    for _ in range(int(4.0 / step_s)):  # four TTLs, with a look at each step
+        planner.tick()
+        now_s += step_s
+    planner.tick()
+    assert planner.capacity == capacity
+    worker._line.close()
