@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -18,6 +19,7 @@ from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.pool import QueuePool
 
 from leases import (
+    AsyncLeaseStore,
     EventLog,
     Lease,
     LeaseHeld,
@@ -344,6 +346,7 @@ def test_one_interrupted_while_it_is_asked_for_its_default_is_not_used_again(
 ) -> None:
     with LeaseStore(postgresql_url) as store:
         lease = take(store)  # in a transaction: it has not looked at its tables
+        before = pooled(store)
 
         def interrupted(_: object) -> bool:
             raise error
@@ -354,10 +357,31 @@ def test_one_interrupted_while_it_is_asked_for_its_default_is_not_used_again(
         else:
             with pytest.raises(error):
                 store.release(lease)
+        assert before.closed
         pool = store.base_engine.pool
         assert isinstance(pool, QueuePool)
         assert pool.checkedout() == 0
         assert not pooled(store).autocommit
+
+
+def test_a_task_that_is_cancelled_while_it_is_asked_for_its_default_gives_it_back(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancelled(_: object) -> bool:
+        raise asyncio.CancelledError
+
+    async def story() -> int:
+        async with AsyncLeaseStore(postgresql_url) as store:
+            lease = await store.acquire("a", owner="one", ttl=TTL)
+            assert lease is not None
+            monkeypatch.setattr(direct, "_reads_committed", cancelled)
+            with pytest.raises(asyncio.CancelledError):
+                await store.release(lease)
+            pool = store.base_engine.pool
+            assert isinstance(pool, QueuePool)
+            return pool.checkedout()
+
+    assert asyncio.run(story()) == 0
 
 
 def test_one_that_nobody_gives_back_begins_transactions_again(looked: LeaseStore) -> None:
