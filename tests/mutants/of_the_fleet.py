@@ -67,7 +67,7 @@ OF_THE_FLEET = (
         "adopt-what-was-lost",
         "a grant that was held here, and lost, is adopted while its work may still run",
         (Edit(REGISTRY, "return self._adopts and (by_operator", "return self._adopts or (by_operator"),),
-        ("tests/worker -k adopted",),
+        ("tests/worker -k not_adopted",),
     ),
     Mutant(
         "adopt-nothing",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import event
 
-from leases import Happening, LeaseStore, Loss, OutcomeUnknown, SessionRegistry, Worker
+from leases import Happening, LeaseStore, Loss, OutcomeUnknown, SessionRegistry, StreamSession, Worker
 from tests.waiting import until
-from tests.worker.helpers import POLL, QUICK, Seen, checkpoint, count_up, idle
+from tests.worker.helpers import POLL, QUICK, SOON_S, Seen, checkpoint, count_up, idle
 
 
 def test_a_lease_that_an_operator_moves_to_a_worker_is_adopted(store: LeaseStore, seen: Seen) -> None:
@@ -60,16 +61,27 @@ def test_what_an_operator_moves_to_a_worker_stays_there_though_it_has_its_share(
         assert two.sessions[moved].token == token
 
 
-def test_what_was_lost_is_not_adopted(store: LeaseStore) -> None:
-    with Worker(store, idle, streams=["a"], name="w1", poll_interval=POLL) as worker:
-        until(lambda: "a" in worker.sessions, "it has it")
+def test_what_was_lost_is_not_adopted_while_its_work_may_still_run(store: LeaseStore, seen: Seen) -> None:
+    began, let_go = threading.Event(), threading.Event()
+
+    def handle(session: StreamSession) -> timedelta:
+        began.set()
+        let_go.wait(SOON_S)
+        return idle(session)
+
+    with Worker(store, handle, streams=["a"], name="w1", poll_interval=POLL, on_event=seen) as worker:
+        assert began.wait(SOON_S)
         session = worker.sessions["a"]
-        token = session.token
         worker.registry.keeper.lose(session.lease, Loss.EXPIRED)
-        assert worker.registry.heart is not None
-        worker.registry.heart.beat_soon()
+        for _ in range(2):
+            assert worker.registry.heart is not None
+            beats = len(seen.of(Happening.RENEWED))
+            worker.registry.heart.beat_soon()
+            seen.wait_for(Happening.RENEWED, beats + 1)
+        assert "a" not in worker.sessions  # though the row is still in its name
+        let_go.set()
         until(lambda: "a" in worker.sessions, "it has it again")
-        assert worker.sessions["a"].token == token + 1
+        assert worker.sessions["a"].token == session.token + 1
 
 
 def test_a_release_is_picked_up_at_once_where_there_are_notifications(postgresql_url: str) -> None:
