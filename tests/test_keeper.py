@@ -492,6 +492,26 @@ def test_a_session_is_lost_in_time_while_the_heartbeat_hangs(store: LeaseStore, 
         assert renewed.token > session.token
 
 
+def test_the_deadline_needs_no_heartbeat_that_comes_back(
+    store: LeaseStore, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+
+    def hangs(*_: object, **__: object) -> object:
+        let_go.wait(SOON_S)
+        raise StoreError("it was let go")
+
+    with SessionRegistry(store, ttl=QUICK, on_lost=seen.on_lost) as registry:
+        session = registry.open("s")
+        assert registry.heart is not None
+        monkeypatch.setattr(registry.heart.line, "run", hangs)  # and nothing can be cut
+        try:
+            assert seen.was_lost.wait(SOON_S - 2)
+            assert session.loss == Loss.EXPIRED
+        finally:
+            let_go.set()
+
+
 def test_a_heartbeat_that_hangs_is_cut_and_the_next_one_passes(postgresql_url: str, seen: Seen) -> None:
     with LeaseStore(postgresql_url) as store, SessionRegistry(store, ttl=QUICK, on_lost=seen.on_lost) as registry:
         registry.open("s")

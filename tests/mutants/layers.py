@@ -12,7 +12,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:c
 LAYERS: dict[str, tuple[str, ...]] = {
     "model": (sys.executable, "-m", "tests.model", "--steps", "10000", "--seed", "1"),
     "model-postgresql": (sys.executable, "-m", "tests.model", "--steps", "2000", "--seed", "1", "--url", "postgresql"),
-    "keeper": (*PYTEST, "tests/test_keeper.py", "-k", "trust or hangs or locked_row or child"),
+    "keeper": (*PYTEST, "tests/test_keeper.py", "-k", "trust or deadline or hangs or locked_row or child"),
     "hypothesis": (*PYTEST, "tests/model", "-k", "hypothesis and sqlite"),
 }
 
