@@ -11,7 +11,7 @@ from tests.chaos.__main__ import main, parsed, plans_of
 from tests.chaos.run import FAILOVER, PLAIN, STEPPED, Outcome, Plan, run
 from tests.chaos.steps import ServerClock
 
-SECONDS = {"postgresql": 45.0, "sqlite": 20.0}
+SECONDS = {"postgresql": 45.0, "sqlite": 12.0}
 
 
 def told(outcome: Outcome) -> str:
