@@ -11,6 +11,7 @@ import http.client
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,6 +20,10 @@ from benchmarks.servers import Servers
 
 DEFAULT_TTL_S = 60
 """Of a session of etcd's own client library."""
+
+
+class LeaseGone(RuntimeError):
+    """The lease that was named has ended."""
 
 
 class EtcdClient(Client):
@@ -32,6 +37,8 @@ class EtcdClient(Client):
         self.connection.request("POST", f"/v3/{path}", json.dumps(body), {"Content-Type": "application/json"})
         response = self.connection.getresponse()
         answer: dict[str, Any] = json.loads(response.read())
+        if response.status == 404:
+            raise LeaseGone(f"etcd answered {answer}")
         if response.status != 200:
             raise RuntimeError(f"etcd answered {response.status}: {answer}")
         return answer
@@ -53,11 +60,15 @@ class EtcdClient(Client):
         if self.lease is None:
             self.lease = self._ask("lease/grant", TTL=self.ttl_s)["ID"]
         key = base64.b64encode(stream.encode()).decode()
-        answer = self._ask(
-            "kv/txn",
-            compare=[{"key": key, "target": "CREATE", "result": "EQUAL", "createRevision": "0"}],
-            success=[{"requestPut": {"key": key, "value": "", "lease": self.lease}}],
-        )
+        try:
+            answer = self._ask(
+                "kv/txn",
+                compare=[{"key": key, "target": "CREATE", "result": "EQUAL", "createRevision": "0"}],
+                success=[{"requestPut": {"key": key, "value": "", "lease": self.lease}}],
+            )
+        except LeaseGone:  # it has waited for longer than its own lasts
+            self.lease = None
+            return None
         return key if answer.get("succeeded") else None
 
     def release(self, grant: str) -> None:
@@ -76,7 +87,8 @@ class EtcdClient(Client):
 
     def close(self) -> None:
         if self.lease is not None:
-            self.let_go(self.lease)
+            with suppress(LeaseGone):  # one that only waits does not keep its own alive
+                self.let_go(self.lease)
         self.connection.close()
 
 
