@@ -24,9 +24,9 @@ from leases.balance import View
 from leases.discovery import Discover, Discovery
 from leases.line import Line
 from leases.model import Happening, WorkerEvent
-from leases.registry import SessionRegistry
+from leases.registry import SessionRegistry, fields
 from leases.runner import Run
-from leases.runs import Runs, Terms, fields
+from leases.runs import Runs, Terms
 from leases.session import StreamSession
 
 logger = logging.getLogger("leases")
@@ -242,7 +242,7 @@ class Planner:
         staying.sort(key=lambda run: (run.session.moved_here, run.began_s is not None, -run.session.granted_at_s))
         for run in staying[:count]:
             self.tell(Happening.SHED, run.session)
-            logger.info("shed: %s", run.session.stream_id, extra=fields(run.session))
+            logger.info("shed: %s", run.session.stream_id, extra=fields(run.session.lease))
             self.runs.ask_to_end(run, now_s)
 
     def _claim(self, count: int, view: View) -> None:

@@ -405,5 +405,10 @@ def log(level: int, what: str, lease: Lease) -> None:
     """Log what has happened to a lease, with its parts as fields."""
     logger.log(
         level, "%s: %s, token %d, owner %s", what, lease.stream_id, lease.fencing_token, lease.owner,
-        extra={"stream_id": lease.stream_id, "fencing_token": lease.fencing_token, "owner": lease.owner},
+        extra=fields(lease),
     )  # fmt: skip
+
+
+def fields(lease: Lease) -> dict[str, object]:
+    """The parts of a lease as the fields of a log line."""
+    return {"stream_id": lease.stream_id, "fencing_token": lease.fencing_token, "owner": lease.owner}

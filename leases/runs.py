@@ -25,7 +25,7 @@ from typing import Protocol
 from leases.backoff import Backoff
 from leases.line import Line
 from leases.model import Ending, Happening, Loss
-from leases.registry import SessionRegistry
+from leases.registry import SessionRegistry, fields
 from leases.runner import Run, Runner
 from leases.session import StreamSession
 
@@ -205,7 +205,7 @@ class Runs:
         self._tell(Happening.FAILED, session, reason=said)
         logger.error(
             "the handler failed on %s, which rests for %.1f s", session.stream_id, rest.total_seconds(),
-            exc_info=error, extra=fields(session),
+            exc_info=error, extra=fields(session.lease),
         )  # fmt: skip
 
     def _enforce(self, now_s: float) -> None:
@@ -233,7 +233,7 @@ class Runs:
         session = run.session
         logger.error(
             "the handler of %s %s: its session is lost, and its lease released", session.stream_id, why,
-            extra=fields(session),
+            extra=fields(session.lease),
         )  # fmt: skip
         stalled = loss is Loss.STALLED
         if stalled:
@@ -276,8 +276,3 @@ def _said(error: BaseException) -> str:
     """An error as one line that both engines can store."""
     text = " ".join(f"{type(error).__name__}: {error}".replace("\0", " ").split())
     return text.encode("utf-8", "replace").decode()[:1000]
-
-
-def fields(session: StreamSession) -> dict[str, object]:
-    lease = session.lease
-    return {"stream_id": lease.stream_id, "fencing_token": lease.fencing_token, "owner": lease.owner}

@@ -11,26 +11,16 @@ import pytest
 from sqlalchemy import event
 
 from leases import EventLog, Lease, LeaseStore, OutcomeUnknown
-from tests import postgres
-from tests.chaos import proxy
 from tests.chaos.proxy import Link
 
 TTL = timedelta(seconds=30)
 
 
 @pytest.fixture
-def link(server: postgres.Server) -> Iterator[Link]:
-    assert server.url.host is not None
-    assert server.url.port is not None
-    with proxy.running((server.url.host, server.url.port), seed=0) as running:
-        yield running.link()
-
-
-@pytest.fixture
-def far(postgresql_url: str, link: Link) -> Iterator[LeaseStore]:
+def far(postgresql_url: str, server_link: Link) -> Iterator[LeaseStore]:
     """A store on the other side of the link, that gives up soon."""
     before, _, database = postgresql_url.rpartition("/")
-    url = f"{before.rpartition(':')[0]}:{link.port}/{database}"
+    url = f"{before.rpartition(':')[0]}:{server_link.port}/{database}"
     with LeaseStore(url, retry_for=timedelta(seconds=3)) as store:
         yield store
 
@@ -40,33 +30,33 @@ def warmed(store: LeaseStore, lease: Lease) -> None:
     assert store.renew([lease], owner=lease.owner, ttl=TTL).lost == {}
 
 
-def away_once_swallowed(store: LeaseStore, link: Link) -> None:
+def away_once_swallowed(store: LeaseStore, server_link: Link) -> None:
     """From the moment that an answer was swallowed, the server cannot be reached any more."""
 
     @event.listens_for(store.base_engine, "do_connect")
     def refuse(*_: Any) -> None:
-        if link.swallowed:
+        if server_link.swallowed:
             raise psycopg.OperationalError("the server is away")
 
 
-def test_a_lost_answer_is_asked_for_again(far: LeaseStore, link: Link) -> None:
+def test_a_lost_answer_is_asked_for_again(far: LeaseStore, server_link: Link) -> None:
     lease = far.acquire("s", owner="a", ttl=TTL)
     assert lease is not None
     warmed(far, lease)
-    link.swallow(1)
+    server_link.swallow(1)
     appended = EventLog(far).append(lease, {"e": 1})
-    assert link.swallowed == 1
+    assert server_link.swallowed == 1
     assert appended.duplicates == ("e",)
 
 
 def test_a_lost_answer_is_unknown_although_the_last_try_could_not_connect(
-    far: LeaseStore, link: Link, postgresql_url: str
+    far: LeaseStore, server_link: Link, postgresql_url: str
 ) -> None:
     lease = far.acquire("s", owner="a", ttl=TTL)
     assert lease is not None
     warmed(far, lease)
-    away_once_swallowed(far, link)
-    link.swallow(1)
+    away_once_swallowed(far, server_link)
+    server_link.swallow(1)
     with pytest.raises(OutcomeUnknown):
         EventLog(far).append(lease, {"e": 1})
     with LeaseStore(postgresql_url) as near:  # it had happened

@@ -166,35 +166,28 @@ def test_after_it_leads_elsewhere_old_connections_are_gone_and_new_ones_go_there
     elsewhere.listener.close()
 
 
-def test_the_answer_of_a_statement_that_is_its_own_transaction_is_swallowed(server: postgres.Server) -> None:
+def test_the_answer_of_a_statement_that_is_its_own_transaction_is_swallowed(
+    server: postgres.Server, server_link: Link
+) -> None:
+    with psycopg.connect(host="127.0.0.1", port=server_link.port, user="leases", dbname="postgres") as client:
+        client.autocommit = True
+        client.execute("CREATE TABLE swallowed (n int)")
+        server_link.swallow(1)
+        with pytest.raises(psycopg.OperationalError):
+            client.execute("INSERT INTO swallowed VALUES (1)")
+    assert server_link.swallowed == 1
     url = server.url
-    assert url.host is not None
-    assert url.port is not None
-    with proxy.running((url.host, url.port), seed=0) as running:
-        link = running.link()
-        with psycopg.connect(host="127.0.0.1", port=link.port, user="leases", dbname="postgres") as client:
-            client.autocommit = True
-            client.execute("CREATE TABLE swallowed (n int)")
-            link.swallow(1)
-            with pytest.raises(psycopg.OperationalError):
-                client.execute("INSERT INTO swallowed VALUES (1)")
-        assert link.swallowed == 1
     with psycopg.connect(host=url.host, port=url.port, user="leases", dbname="postgres") as direct:
         assert direct.execute("SELECT count(*) FROM swallowed").fetchone() == (1,)  # it was committed
         direct.execute("DROP TABLE swallowed")
 
 
-def test_within_a_transaction_only_the_answer_of_commit_is_swallowed(server: postgres.Server) -> None:
-    url = server.url
-    assert url.host is not None
-    assert url.port is not None
-    with proxy.running((url.host, url.port), seed=0) as running:
-        link = running.link()
-        with psycopg.connect(host="127.0.0.1", port=link.port, user="leases", dbname="postgres") as client:
-            client.execute("SELECT 1")
-            link.swallow(1)
-            assert client.execute("SELECT 2").fetchone() == (2,)
-            assert link.swallowed == 0
-            with pytest.raises(psycopg.OperationalError):
-                client.commit()
-        assert link.swallowed == 1
+def test_within_a_transaction_only_the_answer_of_commit_is_swallowed(server_link: Link) -> None:
+    with psycopg.connect(host="127.0.0.1", port=server_link.port, user="leases", dbname="postgres") as client:
+        client.execute("SELECT 1")
+        server_link.swallow(1)
+        assert client.execute("SELECT 2").fetchone() == (2,)
+        assert server_link.swallowed == 0
+        with pytest.raises(psycopg.OperationalError):
+            client.commit()
+    assert server_link.swallowed == 1
