@@ -13,6 +13,7 @@ from sqlalchemy.pool import NullPool
 
 from leases import LeaseStore
 from tests import databases, postgres
+from tests.conformance.driver import Loop
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -125,3 +126,19 @@ def store(url: str) -> Iterator[LeaseStore]:
     """A store on a migrated database of its own, on each engine in turn."""
     with LeaseStore(url) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def event_loop_thread() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def loop(request: pytest.FixtureRequest) -> Loop | None:
+    """The colour: None is sync."""
+    if request.param == "sync":
+        return None
+    found: Loop = request.getfixturevalue("event_loop_thread")
+    return found

@@ -15,22 +15,6 @@ from tests.conformance.driver import Caller, Loop, execute, log_of, opened
 
 
 @pytest.fixture(scope="session")
-def event_loop_thread() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture(params=["sync", "async"])
-def loop(request: pytest.FixtureRequest) -> Loop | None:
-    """The colour: None is sync."""
-    if request.param == "sync":
-        return None
-    found: Loop = request.getfixturevalue("event_loop_thread")
-    return found
-
-
-@pytest.fixture(scope="session")
 def shared_postgresql(maintenance: Engine, migrated_postgresql: str) -> Iterator[tuple[str, Clock]]:
     """One database and its clock for the suite: to empty the tables takes a tenth of making a database anew."""
     url = databases.create(maintenance, migrated_postgresql)

@@ -15,22 +15,6 @@ from tests.conformance.driver import Loop, opened
 from tests.hostile.laws import World
 
 
-@pytest.fixture(scope="session")
-def event_loop_thread() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture(params=["sync", "async"])
-def loop(request: pytest.FixtureRequest) -> Loop | None:
-    """The colour: None is sync."""
-    if request.param == "sync":
-        return None
-    found: Loop = request.getfixturevalue("event_loop_thread")
-    return found
-
-
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def one_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """One for all tests that change nothing but rows."""
