@@ -54,19 +54,19 @@ _INHERITED: list[Direct] = []
 """What a forked child has of its parent's connections: kept for ever, for their end would be said to the server."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EitherWay(Generic[R]):
     """A call that runs in a transaction, and says how to run it where each of its statements is one."""
 
     within: Callable[[Connection, int], R]
-    alone: Callable[[Connection, int], R]
+    alone: Callable[[Connection, int], R | NotTaken]
 
     def __call__(self, connection: Connection, attempt: int) -> R:
         return self.within(connection, attempt)
 
 
 class NotTaken(Enum):
-    """That a call was not run at all."""
+    """That a call has done nothing, and needs a transaction."""
 
     NOT_TAKEN = auto()
 
@@ -167,7 +167,7 @@ class Shortcut:
         direct.give_back()  # the pool asks what it has to say, and replaces it if need be
         return self._connected()
 
-    def run(self, direct: Direct, call: EitherWay[R]) -> R:
+    def run(self, direct: Direct, call: EitherWay[R]) -> R | NotTaken:
         """Run a call's statements, each a transaction, and give the connection back.
 
         What the database refuses is a `DBAPIError`: after one with `connection_invalidated` nothing is known.

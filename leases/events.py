@@ -10,26 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Connection,
-    Insert,
-    Select,
-    Subquery,
-    bindparam,
-    func,
-    insert,
-    null,
-    select,
-    true,
-    union_all,
-)
+from sqlalchemy import Connection, Executable, Insert, Subquery, bindparam, func, insert, literal_column, select, true
 from sqlalchemy.sql.dml import ReturningInsert
 
 from leases import dialects, limits
 from leases.dialects import ONE, POSTGRESQL, event_offered, events_offered, now
-from leases.fencing import fence, fenced_row, named, stale
+from leases.direct import NOT_TAKEN, NotTaken
+from leases.fencing import fence, fenced_row, named
 from leases.model import JSON, Appended, Event, Lease, RecordedEvent
 from leases.operations import put_checkpoint
 from leases.schema import lease_events
@@ -67,22 +54,23 @@ def append_alone(
     events: Iterable[Event] | Mapping[str, JSON],
     *,
     checkpoint: JSON = None,
-) -> Appended:
-    """`append` as a transaction of its own: the fence, the events and the checkpoint in one statement (PostgreSQL)."""
+) -> Appended | NotTaken:
+    """`append` as a transaction of its own: the fence, the events and the checkpoint in one statement (PostgreSQL).
+
+    NOT_TAKEN, and nothing written, if the fence refuses or no event is new: only `append` can tell which.
+    """
     offered, duplicates = _offered(events, checkpoint)
-    version = (connection.dialect.server_version_info or (13,))[0]
-    given = list(offered.items())
-    statement = _append_fenced(version, len(given) == 1, checkpoint is not None)
+    if not offered:
+        return NOT_TAKEN
     values: dict[str, Any] = {**named(lease), "position": checkpoint}
-    if len(given) == 1:
-        ((values["event_id"], values["payload"]),) = given
+    if len(offered) == 1:
+        ((values["event_id"], values["payload"]),) = offered.items()
     else:
-        values.update(dialects.events_given(POSTGRESQL, given))
-    rows = connection.execute(statement, values).all()
-    if not rows:
-        raise stale(connection, lease)
-    new = {row.event_id: row.seq for row in rows if row.event_id is not None}
-    return _appended(offered, duplicates, new, max(row.seq for row in rows))
+        values.update(dialects.events_given(POSTGRESQL, list(offered.items())))
+    version = (connection.dialect.server_version_info or (13,))[0]
+    statement = _append_fenced(version, len(offered) == 1, checkpoint is not None)
+    new = {row.event_id: row.seq for row in connection.execute(statement, values)}
+    return _appended(offered, duplicates, new, max(new.values())) if new else NOT_TAKEN
 
 
 def _offered(events: Iterable[Event] | Mapping[str, JSON], checkpoint: JSON) -> tuple[dict[str, str], list[str]]:
@@ -126,16 +114,11 @@ def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: i
 # --- its statements ----------------------------------------------------------------------------------------------
 
 
-def _last() -> CTE:
-    return (
-        select(func.coalesce(func.max(lease_events.c.seq), 0).label("seq"))
-        .where(lease_events.c.stream_id == STREAM)
-        .cte("last")
-        .prefix_with("MATERIALIZED")
-    )
+LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)
+"""The number of the stream's last event."""
 
 
-def _inserted(offered: Subquery, last: CTE, fenced: CTE | None = None) -> Insert:
+def _inserted(offered: Subquery, fenced: Subquery | None = None) -> Insert:
     """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`.
 
     All of them come from the row of the fence, if there is one in the statement: without that row there is nothing.
@@ -147,11 +130,13 @@ def _inserted(offered: Subquery, last: CTE, fenced: CTE | None = None) -> Insert
         .where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
         .scalar_subquery()
     )
+    # The place of an event among those that are new; of one alone it is known.
+    place = offered.c.position if offered.name == ONE else func.row_number().over(order_by=offered.c.position)
     fresh = (
         select(
             STREAM if fenced is None else fenced.c.stream_id,
             offered.c.event_id,
-            select(last.c.seq).scalar_subquery() + _place(offered),
+            LAST_SEQ.scalar_subquery() + place,
             TOKEN,
             now(),
             offered.c.payload,
@@ -165,38 +150,26 @@ def _inserted(offered: Subquery, last: CTE, fenced: CTE | None = None) -> Insert
     )
 
 
-def _place(offered: Subquery) -> ColumnElement[int]:
-    """The place of an event among those that are new; of one alone it is known."""
-    return offered.c.position if offered.name == ONE else func.row_number().over(order_by=offered.c.position)
-
-
 @cache
 def _append(dialect: str) -> ReturningInsert[Any]:
     """The events, in a transaction that has fenced before."""
-    return _inserted(events_offered(dialect), _last()).returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
+    return _inserted(events_offered(dialect)).returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
 
 
 @cache
-def _append_fenced(postgresql_version: int, single: bool, with_checkpoint: bool) -> Select[Any]:
-    """The fence, the events and the checkpoint in one statement (PostgreSQL).
+def _append_fenced(postgresql_version: int, single: bool, with_checkpoint: bool) -> Executable:
+    """The fence, the events and, if there are any, the checkpoint, in one statement (PostgreSQL).
 
-    Answers with the stream's last number before, its event_id null, and a row for each event; with nothing if the
-    fence has refused. The statement's view of the stream is as old as its beginning, and the lock may have been waited
-    for. But nobody else can have appended meanwhile: under an earlier grant all has been committed before this
-    one was made, under a later one this fence refuses. Two appends under one grant can meet; then the keys of
-    `lease_events` let one of them begin again.
+    Answers with a row for each event that is new. The statement's view of the stream is as old as its beginning, and
+    the lock may have been waited for. But nobody else can have appended meanwhile: under an earlier grant all has
+    been committed before this one was made, under a later one this fence refuses. Two appends under one grant can
+    meet; then the keys of `lease_events` let one of them begin again.
     """
-    fenced, last = fenced_row(postgresql_version), _last()
+    columns = lease_events.c
     offered = event_offered() if single else events_offered(POSTGRESQL)
-    new = _inserted(offered, last, fenced).returning(lease_events.c.event_id, lease_events.c.seq).cte("new")
-    before = select(null().label("event_id"), last.c.seq).select_from(fenced.join(last, true()))
-    answer = union_all(before, select(new.c.event_id, new.c.seq)).subquery("answer")
-    statement = select(answer.c.event_id, answer.c.seq)
-    if with_checkpoint:
-        position = select(fenced.c.stream_id, TOKEN, bindparam("position", type_=Document), now())
-        statement = statement.add_cte(put_checkpoint_of(position).cte("put"))
-    return statement
-
-
-LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)
-"""The number of the stream's last event."""
+    inserted = _inserted(offered, fenced_row(postgresql_version, single=single))
+    if not with_checkpoint:
+        return inserted.returning(columns.event_id, columns.seq)
+    new = inserted.returning(columns.stream_id, columns.event_id, columns.seq).cte("new")
+    position = select(new.c.stream_id, TOKEN, bindparam("position", type_=Document), now()).limit(literal_column("1"))
+    return select(new.c.event_id, new.c.seq).add_cte(put_checkpoint_of(position).cte("put"))

@@ -24,8 +24,8 @@ APPENDING = frozenset({"lease_events_seq", "lease_events_pkey"})
 TIMED_OUT_STATES = frozenset({"57014", "55P03"})
 """Cancelled by statement_timeout, lock not available."""
 
-ENDED_STATES = frozenset({"25P03", "25P04"})
-"""Ended by idle_in_transaction_session_timeout, by transaction_timeout: certainly not committed."""
+ENDED_STATES = frozenset({"25P03", "25P04", "55P03"})
+"""Ended by idle_in_transaction_session_timeout, by transaction_timeout, by lock_timeout: certainly not committed."""
 
 BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 

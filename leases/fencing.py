@@ -34,7 +34,6 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
-    CTE,
     Boolean,
     Column,
     ColumnElement,
@@ -44,7 +43,9 @@ from sqlalchemy import (
     MetaData,
     PrimaryKeyConstraint,
     Select,
+    Subquery,
     Table,
+    Text,
     and_,
     bindparam,
     case,
@@ -53,6 +54,7 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    null,
     or_,
     select,
     table,
@@ -97,13 +99,6 @@ def named(lease: Lease) -> dict[str, Any]:
     return {"stream": lease.stream_id, "token": lease.fencing_token, "holder": lease.owner}
 
 
-def stale(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
-    """The error that says who is current."""
-    current = connection.execute(_current(owners), {"stream": lease.stream_id}).one_or_none()
-    token, owner = current if current is not None else (None, None)
-    return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
-
-
 @cache
 def _current(owners: Table) -> Select[Any]:
     return select(owners.c.fencing_token, owners.c.owner).where(owners.c.stream_id == bindparam("stream"))
@@ -111,7 +106,8 @@ def _current(owners: Table) -> Select[Any]:
 
 def refused(connection: Connection, lease: Lease, owners: Table = leases) -> StaleToken:
     """Roll the transaction back, and return the error that says who is current."""
-    error = stale(connection, lease, owners)
+    current = connection.execute(_current(owners), {"stream": lease.stream_id}).one_or_none()
+    token, owner = current if current is not None else (None, None)
     transaction = connection.get_transaction()
     if transaction is not None:
         # Rolled back, but left in its place, as SQLAlchemy leaves one whose COMMIT failed: until its user rolls it back
@@ -119,7 +115,7 @@ def refused(connection: Connection, lease: Lease, owners: Table = leases) -> Sta
         # would let that happen, and the ORM's Session would warn that it cannot roll back once more.
         transaction._connection_rollback_impl()
         transaction._deactivate_from_connection()
-    return error
+    return StaleToken(lease.stream_id, lease.fencing_token, token, owner)
 
 
 def _fence_postgresql(connection: Connection, grant: dict[str, Any]) -> bool:
@@ -141,51 +137,59 @@ def _fence_sqlite(connection: Connection, grant: dict[str, Any]) -> bool:
 
 def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
     """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
-    of_caller = seconds_of(cast(func.current_setting(timeout), Interval))
-    milliseconds = cast(func.greatest(1, func.floor(left * 1000)), Integer)
-    limit = func.concat(milliseconds, "ms")
-    still: ColumnElement[float] = of_caller
+    setting = func.current_setting(timeout)
+    milliseconds: ColumnElement[str] = cast(cast(func.greatest(1, func.floor(left * 1000)), Integer), Text)
+    anew = milliseconds
+    still: ColumnElement[float] = seconds_of(cast(setting, Interval))
     if timeout == TRANSACTION_TIMEOUT:
         # It counts from the transaction's begin; and a timer that runs is not set anew by another value, only by 0.
-        still = of_caller - seconds(wall(), func.transaction_timestamp())
-        limit = func.concat(func.left(func.set_config(timeout, "0", true()), 0), limit)
-    return case((and_(left > 0, or_(of_caller == 0, still > left)), func.set_config(timeout, limit, true())))
+        still = still - seconds(wall(), func.transaction_timestamp())
+        anew = func.concat(func.left(func.set_config(timeout, "0", true()), 0), milliseconds)
+    return case(
+        (left <= 0, null()),
+        (setting == "0", func.set_config(timeout, milliseconds, true())),  # there is none
+        (still > left, func.set_config(timeout, anew, true())),
+    )
 
 
 TRANSACTION_TIMEOUT = "transaction_timeout"
 
+LOCK_TIMEOUT = "lock_timeout"
+"""Of each wait for a lock; its timer runs only then, so that it costs the least."""
 
-def _held() -> CTE:
-    """The grant's row, if it is current, under a lock that lets no other grant commit before this transaction ends."""
+
+def _held() -> Subquery:
+    """The grant's row, if it is current, under a lock that lets no other grant commit before this transaction ends.
+
+    OFFSET 0 keeps what is asked of the row, its expiry, above the lock; as a CTE would, which costs more to run.
+    """
+    held = select(leases.c.stream_id, leases.c.expires_at).where(MINE)
+    return held.with_for_update(read=True, key_share=True).offset(_ZERO).subquery("held")
+
+
+def _left() -> Subquery:
+    """How many seconds are left of it, by the clock as it is after the lock; read once, though it is used often."""
+    held = _held()
     return (
-        select(leases.c.stream_id, leases.c.expires_at)
-        .where(MINE)
-        .with_for_update(read=True, key_share=True)
-        .cte("held")
-        .prefix_with("MATERIALIZED")
+        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s")).offset(_ZERO).subquery("remaining")
     )
 
 
-def _left(held: CTE) -> CTE:
-    """How many seconds are left of it, by the clock as it is after the lock."""
-    return (
-        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s"))
-        .cte("remaining")
-        .prefix_with("MATERIALIZED")
-    )
+_ZERO: ColumnElement[int] = literal_column("0")
 
 
 @cache
-def fenced_row(postgresql_version: int) -> CTE:
+def fenced_row(postgresql_version: int, *, single: bool) -> Subquery:
     """The fence of one grant within a statement that is a transaction of its own: one row if it passes (PostgreSQL).
 
     What the statement writes must come from this row: so it is locked, and found to be current, before. The lock is
-    held until the statement has committed. A statement cannot idle; from version 17 on it also ends with the lease.
+    held until the statement has committed. It cannot idle; and what it waits for is given up at the lease's end. That
+    of a `single` row can wait for nothing but a lock; a batch may take long by itself, which only 17 can limit.
     """
-    left = _left(_held())
-    limits = [_shortened(TRANSACTION_TIMEOUT, left.c.left_s).label(TRANSACTION_TIMEOUT)] * (postgresql_version >= 17)
-    row = select(left.c.stream_id, durably().label("durable"), *limits).where(left.c.left_s > 0)
-    return row.cte("fenced").prefix_with("MATERIALIZED")
+    timeout = LOCK_TIMEOUT if single or postgresql_version < 17 else TRANSACTION_TIMEOUT
+    left = _left()
+    limit = _shortened(timeout, left.c.left_s).label("timeout")
+    return select(left.c.stream_id, durably().label("durable"), limit).where(left.c.left_s > 0).subquery("fenced")
 
 
 @cache
@@ -197,7 +201,7 @@ def _check(postgresql_version: int) -> Select[Any]:
     lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
     that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
     """
-    checked = _left(_held())
+    checked = _left()
     same = leases.alias("same")
     locker = (
         select(literal_column("same.xmax = pg_current_xact_id()::xid", Boolean))

@@ -272,6 +272,8 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
+_JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -287,10 +289,10 @@ def identifier(what: str, value: str) -> str:
 def document(what: str, value: Any) -> str:
     """Return `value` as JSON text that both engines store alike: no NaN, no NUL, no lone surrogate."""
     try:
-        result = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        result = _JSON.encode(value)
         result.encode()
     except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise ConfigError(f"{what} cannot be stored as JSON: {type(error).__name__}: {error}") from None
-    if _ESCAPED_NUL.search(result):
+    if "\\u0000" in result and _ESCAPED_NUL.search(result):
         raise ConfigError(f"{what} holds a NUL (U+0000) in a text; remove it")
     return result

@@ -147,8 +147,10 @@ def attempt_alone(shortcut: Shortcut, tables: Tables, call: EitherWay[R]) -> R |
     """Run a call without a transaction around its statements, unless one has to be."""
     if not tables.checked:
         return NOT_TAKEN
-    with translated(tables.url):
+    try:
         direct = shortcut.take()
+    except SQLAlchemyError as error:
+        raise translate(error, tables.url) from None
     if direct is None:
         return NOT_TAKEN
     try:
@@ -285,7 +287,7 @@ def method(
     operation: Operation[P, R],
     *,
     read_only: bool = False,
-    alone: Operation[P, R] | None = None,
+    alone: Operation[P, R | NotTaken] | None = None,
     unless: str = "",
 ) -> Callable[Concatenate[Runs, P], R]:
     """Make a method of an operation: the same arguments, in a transaction of its own.
@@ -309,7 +311,7 @@ def amethod(
     operation: Operation[P, R],
     *,
     read_only: bool = False,
-    alone: Operation[P, R] | None = None,
+    alone: Operation[P, R | NotTaken] | None = None,
     unless: str = "",
 ) -> Callable[Concatenate[RunsAsync, P], Coroutine[Any, Any, R]]:
     """Make a coroutine method of an operation, as `method` does."""
@@ -325,7 +327,7 @@ def amethod(
     return run
 
 
-def either_way(within: Callable[..., R], alone: Callable[..., R], given: Any, named: Any) -> EitherWay[R]:
+def either_way(within: Callable[..., R], alone: Callable[..., R | NotTaken], given: Any, named: Any) -> EitherWay[R]:
     return EitherWay(
         lambda connection, _: within(connection, *given, **named),
         lambda connection, _: alone(connection, *given, **named),

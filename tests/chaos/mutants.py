@@ -53,7 +53,9 @@ def break_product(name: str | None = None) -> None:
     name = name if name is not None else os.environ.get(VARIABLE, "")
     if name == "no-fence":
         patch.object(events, "fence", lambda *_: None).start()
-        patch.object(events, "fenced_row", lambda _: select(STREAM.label("stream_id")).cte("fenced")).start()
+        patch.object(
+            events, "fenced_row", lambda *_, **__: select(STREAM.label("stream_id")).subquery("fenced")
+        ).start()
     elif name == "no-bump":
         patch.object(administration, "_swap", _swap_without_a_new_token).start()
     elif name in REWRITES:

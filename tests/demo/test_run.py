@@ -148,7 +148,7 @@ def test_without_the_fence_the_frozen_workers_write_is_accepted_and_the_proof_sa
         "from sqlalchemy import select\n"
         "from leases import events, statements\n"
         "events.fence = lambda connection, lease: None\n"
-        "events.fenced_row = lambda version: select(statements.STREAM.label('stream_id')).cte('fenced')\n"
+        "events.fenced_row = lambda *_, **__: select(statements.STREAM.label('stream_id')).subquery('fenced')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(site))
     done = demo("--url", url, "--json", "--workers", "3")

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 from leases import Lease, events, fence, operations, recipes
 from leases import administration as admin
 from leases import fleet as members
+from leases.direct import NOT_TAKEN, NotTaken
 from leases.model import Appended, Membership
 from leases.recipes import Do, Recipe, Wait
 from tests.interleavings.client import Client
@@ -96,9 +97,9 @@ def write(*, reads_first: bool = False) -> Does:
 def append(*event_ids: str, checkpoint: bool = False, alone: bool = False) -> Does:
     """An append to the event log: in a transaction of the caller's, or as the one statement that the stores make of it.
 
-    That statement commits by itself; here, so that others can come between, it has a COMMIT of its own.
+    That statement commits by itself; here, so that others can come between, it has a COMMIT of its own. Where it has
+    nothing to tell, the stores go on with a transaction.
     """
-    operation = events.append_alone if alone else events.append
 
     def run(held: Held) -> Body:
         def body(client: Client) -> Appended:
@@ -107,9 +108,17 @@ def append(*event_ids: str, checkpoint: bool = False, alone: bool = False) -> Do
 
             def call(connection: Connection) -> Appended:
                 with client.fencing(held["a"]):
-                    return operation(connection, held["a"], offered, checkpoint=position)
+                    return events.append(connection, held["a"], offered, checkpoint=position)
 
-            return client.transact(call)
+            def call_alone(connection: Connection) -> Appended | NotTaken:
+                nth = client.statements + 1
+                answer = events.append_alone(connection, held["a"], offered, checkpoint=position)
+                if answer is not NOT_TAKEN:  # its fence has passed
+                    client.fences.append((nth, held["a"]))
+                return answer
+
+            answer = client.transact(call_alone) if alone else NOT_TAKEN
+            return client.transact(call) if isinstance(answer, NotTaken) else answer
 
         return body
 

@@ -56,15 +56,15 @@ class Replaced:
 
 
 # How the product's statements begin, and parts of them.
-FENCE = "WITH held AS"
+FENCE = "SELECT remaining.left_s"
 ACQUIRE = "WITH candidate AS"
 CLAIM = "WITH RECURSIVE free AS"
 RENEW = "WITH locked AS"
 LET_GO = "WITH expired_here AS"
 RELEASE = "UPDATE leases SET owner="
 OPERATOR = "SELECT leases.stream_id"
-APPEND = "WITH last AS"
-FENCED_APPEND = "WITH held AS"
+APPEND = "INSERT INTO lease_events"
+FENCED_APPEND = 'WITH "new" AS'
 
 TOKEN = r"leases\.fencing_token = \S+ AND "
 EXPIRED = r" AND \(leases\.expires_at <= statement_timestamp\(\) OR .*?\)\)(?= \s*(?:FOR|LIMIT))"
@@ -209,9 +209,7 @@ MUTANTS: Sequence[Mutant] = (
         r"\(SELECT lease_events\.event_id .*?offered\.event_id\) IS NULL",
         "true",
     ),
-    _sql(
-        "append: leaves a gap", "append-append", "nothing lost", APPEND, r"\(SELECT last\.seq", "(SELECT last.seq + 1"
-    ),
+    _sql("append: leaves a gap", "append-append", "nothing lost", APPEND, r"\(SELECT coalesce", "(SELECT 1 + coalesce"),
     _sql(
         "append: drops what conflicts",
         "append-append",
@@ -225,8 +223,8 @@ MUTANTS: Sequence[Mutant] = (
         "alone-takeover",
         "fenced",
         FENCED_APPEND,
-        r"SELECT fenced\.stream_id AS stream_id, one\.(.+?)FROM fenced JOIN (.+?) ON true",
-        r"SELECT %(stream)s AS stream_id, one.\1FROM \2",
+        r"SELECT fenced\.stream_id AS stream_id, one\.(.+?)FROM \(SELECT remaining.+?\) AS fenced JOIN (.+?) ON true",
+        r"SELECT %(stream)s::VARCHAR AS stream_id, one.\1FROM \2",
     ),
     _sql("append alone: no lock", "alone-steal", "fenced", FENCED_APPEND, "FOR KEY SHARE", ""),
     _sql(
@@ -234,8 +232,15 @@ MUTANTS: Sequence[Mutant] = (
         "alone-takeover",
         "fenced",
         FENCED_APPEND,
-        r"(?<=WHERE )remaining\.left_s > .+?(?=\), )",
+        r"(?<=WHERE )remaining\.left_s > .+?(?=\) AS fenced)",
         "true",
     ),
-    _sql("append: numbers from 1", "append-append", "live", APPEND, r"\(SELECT last\.seq\s+FROM last\)", "0"),
+    _sql(
+        "append: numbers from 1",
+        "append-append",
+        "live",
+        APPEND,
+        r"\(SELECT coalesce\(max.+?stream_id = %\(stream\)s(::VARCHAR)?\)",
+        "0",
+    ),
 )

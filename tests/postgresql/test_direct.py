@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import psycopg
@@ -30,7 +30,7 @@ from leases import (
     StoreUnavailable,
     direct,
 )
-from leases.direct import Direct, EitherWay, Shortcut
+from leases.direct import NOT_TAKEN, Direct, EitherWay, Shortcut
 from leases.events import append_alone
 from leases.model import Ending, Membership
 from leases.operations import acquire, claim, release, release_all, renew
@@ -231,19 +231,42 @@ def test_nobody_is_granted_the_stream_while_an_append_is_in_flight(
     assert [recorded.fencing_token for recorded in EventLog(looked).read("a")] == [1] * len(events)
 
 
+@pytest.mark.parametrize("events", [{"e": 1}, {"d": 0, "e": 1}])
+@pytest.mark.parametrize("version", [(16, 0), None])  # before 17 there is no transaction_timeout
 def test_an_append_that_hangs_is_ended_at_its_leases_end(
-    postgresql_url: str, engine: Engine, observer: Observer
+    postgresql_url: str, engine: Engine, events: dict[str, int], version: tuple[int, int] | None
 ) -> None:
-    with engine.connect():
-        if (engine.dialect.server_version_info or (0,)) < (17,):  # transaction_timeout came with 17
-            return
     with LeaseStore(postgresql_url, retry_for=timedelta(0)) as hasty, LeaseStore(postgresql_url) as other:
         lease = take(hasty, ttl=SHORT)
+        dialect = hasty.engine.dialect
+        dialect.server_version_info = version or dialect.server_version_info
         with in_its_way(engine):
-            append = Background(EventLog(hasty).append, lease, {"e": 1})
+            append = Background(EventLog(hasty).append, lease, events)
             until(lambda: other.acquire("a", owner="two", ttl=TTL), "the takeover")
             with pytest.raises(StoreUnavailable, match="nothing of it is kept"):
                 append.result()
+
+
+@pytest.mark.parametrize(("its_own", "least_s", "most_s"), [("0", 50, 60), ("2min", 50, 60), ("30s", 30, 30)])
+@pytest.mark.parametrize("version", [(16, 0), None])
+@pytest.mark.parametrize("events", [{"e": 1}, {"d": 0, "e": 1}])
+def test_an_appends_limit_is_its_leases_end_or_the_sessions_own_if_that_is_shorter(
+    looked: LeaseStore,
+    events: dict[str, int],
+    version: tuple[int, int] | None,
+    its_own: str,
+    least_s: int,
+    most_s: int,
+) -> None:
+    lease = take(looked, ttl=timedelta(seconds=60))
+    with looked.engine.connect() as owner, owner.begin():
+        owner.dialect.server_version_info = version or owner.dialect.server_version_info
+        new = owner.dialect.server_version_info and owner.dialect.server_version_info >= (17,)
+        setting = "transaction_timeout" if new and len(events) > 1 else "lock_timeout"
+        owner.exec_driver_sql(f"SET LOCAL {setting} = '{its_own}'")
+        assert append_alone(cast(Any, Direct(looked._shortcut._statements, owner)), lease, events) is not NOT_TAKEN
+        milliseconds = owner.scalar(text("SELECT setting::int FROM pg_settings WHERE name = :n"), {"n": setting})
+        assert least_s * 1000 <= milliseconds <= most_s * 1000
 
 
 # --- where it is not taken -------------------------------------------------------------------------------------
@@ -505,7 +528,6 @@ def test_each_statement_is_durable_by_itself(
             "release_all": lambda c: release_all(c, [Ending(lease)], owner="one"),
             "append one": lambda c: append_alone(c, lease, {"e": 1}),
             "append many": lambda c: append_alone(c, lease, {"e": 1, "f": 2}, checkpoint=1),
-            "append none": lambda c: append_alone(c, lease, {}, checkpoint=1),
         }
         assert {name: after(call) for name, call in calls.items()} == dict.fromkeys(calls, expected)
 
