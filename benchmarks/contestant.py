@@ -104,6 +104,22 @@ class Client(ABC):
     def close(self) -> None: ...
 
 
+class LockClient(Client):
+    """One client of a library that has an object for each lock, and no call for several of them."""
+
+    def take(self, streams: Sequence[str]) -> list[Any]:
+        held = [self.acquire(stream) for stream in streams]
+        assert None not in held
+        return held
+
+    def let_go(self, held: list[Any]) -> None:
+        for lock in held:
+            lock.release()
+
+    def release(self, grant: Any) -> None:
+        grant.release()
+
+
 Opener = Callable[[], Client]
 """Opens a client, in whatever process it was sent to."""
 

@@ -12,34 +12,22 @@ from typing import Any, ClassVar
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, Client, Contestant, Opener, needed
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, Contestant, LockClient, Opener, needed
 from benchmarks.servers import Servers
 
 
-class AdvisoryClient(Client):
+class AdvisoryClient(LockClient):
     def __init__(self, url: str) -> None:
         self.lock = needed("sqlalchemy_dlock", "sqlalchemy-dlock").create_sadlock
         self.engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
         self.connection = self.engine.connect()
 
-    def take(self, streams: Sequence[str]) -> list[Any]:
-        held = [self.acquire(stream) for stream in streams]
-        assert None not in held
-        return held
-
     def renew(self, held: list[Any]) -> None:
         """Nothing to do: the locks last as long as the connection."""
-
-    def let_go(self, held: list[Any]) -> None:
-        for lock in held:
-            lock.release()
 
     def acquire(self, stream: str) -> Any:
         lock = self.lock(self.connection, stream)
         return lock if lock.acquire(block=False) else None
-
-    def release(self, grant: Any) -> None:
-        grant.release()
 
     def close(self) -> None:
         self.connection.close()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Client, Contestant, Opener, needed
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Contestant, LockClient, Opener, needed
 from benchmarks.servers import Servers
 
 UNFENCED = "it has no fencing token"
@@ -23,32 +23,20 @@ def forget(port: int) -> None:
     client.close()
 
 
-class RedisClient(Client):
+class RedisClient(LockClient):
     """redis-py's Lock, one for each stream."""
 
     def __init__(self, port: int, ttl_s: float | None) -> None:
         self.redis = needed("redis", "redis").Redis(host="127.0.0.1", port=port)
         self.ttl_s = ttl_s
 
-    def take(self, streams: Sequence[str]) -> list[Any]:
-        held = [self.acquire(stream) for stream in streams]
-        assert None not in held
-        return held
-
     def renew(self, held: list[Any]) -> None:
         for lock in held:
             lock.reacquire()  # back to its whole timeout
 
-    def let_go(self, held: list[Any]) -> None:
-        for lock in held:
-            lock.release()
-
     def acquire(self, stream: str) -> Any:
         lock = self.redis.lock(stream, timeout=self.ttl_s, blocking=False, thread_local=False)
         return lock if lock.acquire() else None
-
-    def release(self, grant: Any) -> None:
-        grant.release()
 
     def close(self) -> None:
         self.redis.close()
@@ -77,7 +65,7 @@ class RedisLock(Contestant):
         forget(self.port)
 
 
-class RedlockClient(Client):
+class RedlockClient(LockClient):
     """pottery's Redlock. It asks its servers by a pool of threads, as the library does."""
 
     def __init__(self, ports: Sequence[int], ttl_s: float | None) -> None:
@@ -85,25 +73,13 @@ class RedlockClient(Client):
         self.masters = {redis.Redis(host="127.0.0.1", port=port) for port in ports}
         self.options = {} if ttl_s is None else {"auto_release_time": ttl_s}
 
-    def take(self, streams: Sequence[str]) -> list[Any]:
-        held = [self.acquire(stream) for stream in streams]
-        assert None not in held
-        return held
-
     def renew(self, held: list[Any]) -> None:
         for lock in held:
             lock.extend()
 
-    def let_go(self, held: list[Any]) -> None:
-        for lock in held:
-            lock.release()
-
     def acquire(self, stream: str) -> Any:
         lock = self.pottery.Redlock(key=stream, masters=self.masters, num_extensions=1_000_000, **self.options)
         return lock if lock.acquire(blocking=False) else None
-
-    def release(self, grant: Any) -> None:
-        grant.release()
 
     def close(self) -> None:
         for master in self.masters:

@@ -10,34 +10,22 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Client, Contestant, Opener, needed, pool_of
+from benchmarks.contestant import AT_ITS_DEFAULT, OF_LEASES, TTL_S, Contestant, LockClient, Opener, needed, pool_of
 from benchmarks.servers import Servers
 
 
-class ZooKeeperClient(Client):
+class ZooKeeperClient(LockClient):
     def __init__(self, port: int, ttl_s: float | None) -> None:
         options = {} if ttl_s is None else {"timeout": ttl_s}
         self.client = needed("kazoo.client", "kazoo").KazooClient(hosts=f"127.0.0.1:{port}", **options)
         self.client.start(30)
 
-    def take(self, streams: Sequence[str]) -> list[Any]:
-        held = [self.acquire(stream) for stream in streams]
-        assert None not in held
-        return held
-
     def renew(self, held: list[Any]) -> None:
         """The session's ping, of which kazoo takes care."""
-
-    def let_go(self, held: list[Any]) -> None:
-        for lock in held:
-            lock.release()
 
     def acquire(self, stream: str) -> Any:
         lock = self.client.Lock(f"/{stream}")
         return lock if lock.acquire(blocking=False) else None
-
-    def release(self, grant: Any) -> None:
-        grant.release()
 
     def close(self) -> None:
         self.client.stop()

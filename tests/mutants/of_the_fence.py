@@ -144,6 +144,12 @@ OF_THE_FENCE = (
         (f"{DIRECT} -k while_it_waited",),
     ),
     Mutant(
+        "statement-takes-refusal-for-known",
+        "a statement that fences, and writes nothing, is said to have found its events in the log",
+        (Edit(EVENTS, "max(new.values())) if new else NOT_TAKEN", "max(new.values(), default=0))"),),
+        (f"{DIRECT} -k granted_meanwhile",),
+    ),
+    Mutant(
         "statement-without-lock",
         "a statement that fences only looks: a grant passes it in flight",
         (Edit(FENCING, HELD_FOR, "held."),),
