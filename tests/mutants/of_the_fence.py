@@ -7,7 +7,9 @@ from tests.mutants.mutant import Edit, Mutant
 FENCING = "leases/fencing.py"
 STATEMENTS = "leases/statements.py"
 EVENTS = "leases/events.py"
-DIRECT = "tests/postgresql/test_direct.py"
+ALONE = "tests/postgresql/direct/test_append.py"
+WAYS = "tests/postgresql/direct/test_ways.py"
+CONNECTIONS = "tests/postgresql/direct/test_connections.py"
 MIGRATION = "alembic/versions/0001_lease_tables.py"
 
 HELD_FOR = "held.with_for_update(read=True, key_share=True)."
@@ -135,49 +137,49 @@ OF_THE_FENCE = (
             Edit(EVENTS, "STREAM if fenced is None else fenced.c.stream_id", "STREAM"),
             Edit(EVENTS, "offered if fenced is None else fenced.join(offered, true())", "offered"),
         ),
-        (f"{DIRECT} -k granted_meanwhile", "tests/conformance/test_events.py"),
+        (f"{ALONE} -k granted_meanwhile", "tests/conformance/test_events.py"),
     ),
     Mutant(
         "statement-checkpoint-not-from-its-fence",
         "the checkpoint of a statement that fences does not come from the fence's row",
         (Edit(EVENTS, "select(new.c.stream_id, TOKEN,", "select(STREAM, TOKEN,"),),
-        (f"{DIRECT} -k while_it_waited",),
+        (f"{ALONE} -k while_it_waited",),
     ),
     Mutant(
         "statement-takes-refusal-for-known",
         "a statement that fences, and writes nothing, is said to have found its events in the log",
         (Edit(EVENTS, "max(new.values())) if new else NOT_TAKEN", "max(new.values(), default=0))"),),
-        (f"{DIRECT} -k granted_meanwhile",),
+        (f"{ALONE} -k granted_meanwhile",),
     ),
     Mutant(
         "statement-without-lock",
         "a statement that fences only looks: a grant passes it in flight",
         (Edit(FENCING, HELD_FOR, "held."),),
-        (f"{DIRECT} -k nobody_is_granted",),
+        (f"{ALONE} -k nobody_is_granted",),
     ),
     Mutant(
         "statement-clock-before-lock",
         "a statement that fences compares the expiry with the time before it waited",
         (Edit(FENCING, "seconds(held.c.expires_at, wall())", "seconds(held.c.expires_at, now())"),),
-        (f"{DIRECT} -k while_it_waited",),
+        (f"{ALONE} -k while_it_waited",),
     ),
     Mutant(
         "statement-outlives-lease",
         "a statement that fences, and hangs, is not ended with its lease",
         (Edit(FENCING, "    limit = _shortened(timeout, left.c.left_s).", "    limit = null()."),),
-        (f"{DIRECT} -k hangs",),
+        (f"{ALONE} -k hangs",),
     ),
     Mutant(
         "statement-not-durable",
         "a statement that fences commits without waiting for the disk, where that is the default",
         (Edit(FENCING, 'durably().label("durable"), limit', "limit"),),
-        (f"{DIRECT} -k durable",),
+        (f"{WAYS} -k durable",),
     ),
     Mutant(
         "direct-at-any-isolation",
         "statements run by themselves also where the default is not READ COMMITTED",
         (Edit("leases/direct.py", 'return bool(level == "read committed")', "return True"),),
-        (f"{DIRECT} -k another_isolation",),
+        (f"{WAYS} -k another_isolation",),
     ),
     Mutant(
         "direct-lost-answer-is-refusal",
@@ -189,31 +191,31 @@ OF_THE_FENCE = (
                 "        raise translate(error, tables.url) from None",
             ),
         ),
-        (f"{DIRECT} -k no_refusal",),
+        (f"{CONNECTIONS} -k no_refusal",),
     ),
     Mutant(
         "direct-keeps-interrupted",
         "a connection that was interrupted goes back to its pool",
         (Edit("leases/direct.py", "        if interrupted:\n", "        if False:\n"),),
-        (f"{DIRECT} -k interrupted",),
+        (f"{CONNECTIONS} -k interrupted",),
     ),
     Mutant(
         "direct-trusts-what-is-kept",
         "the connection that a store keeps is used without a look whether the server has ended it",
         (Edit("leases/direct.py", "        if direct.is_quiet:\n", "        if True:\n"),),
-        (f"{DIRECT} -k replaced_before",),
+        (f"{CONNECTIONS} -k replaced_before",),
     ),
     Mutant(
         "direct-never-lets-go",
         "a store keeps its connection while somebody else waits for one of its pool",
         (Edit("leases/direct.py", "        while self._kept:\n", "        while False:\n"),),
-        (f"{DIRECT} -k last_of_its_pool",),
+        (f"{CONNECTIONS} -k last_of_its_pool",),
     ),
     Mutant(
         "direct-of-the-parent",
         "a forked child uses the connection that its parent keeps",
         (Edit("leases/direct.py", "        self._kept.clear()\n", ""),),
-        (f"{DIRECT} -k forked",),
+        (f"{CONNECTIONS} -k forked",),
     ),
     Mutant(
         "no-unique-index",
