@@ -116,7 +116,7 @@ class Direct:
         self._poller.register(connection.driver_connection.fileno(), select.POLLIN)
 
     def give_back(self, *, interrupted: bool = False) -> None:
-        """Give the connection back to its pool; one in the middle of something is closed."""
+        """Give the connection back to its pool; one in the middle of something, or lost, is closed."""
         try:
             if interrupted:
                 self._owner.invalidate()
@@ -177,8 +177,8 @@ class Shortcut:
             result = call.alone(cast(Connection, direct), 1)
             sound, interrupted = True, False
             return result
-        except Exception:
-            interrupted = False
+        except Exception as error:
+            interrupted = isinstance(error, DBAPIError) and error.connection_invalidated
             raise
         finally:
             if sound and self.keeps and not self._kept:

@@ -202,6 +202,7 @@ def _for_postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
         "fallback_application_name": "leases",
+        "client_encoding": "utf8",
     }
     connect = {name: value for name, value in connect.items() if name not in url.query}
     threshold = url.query.get("prepare_threshold")
@@ -220,7 +221,17 @@ def _prepare(engine: Engine) -> None:
         event.listen(engine, "connect", _set_pragmas)
         event.listen(engine, "begin", begin_immediate)
     else:
+        event.listen(engine, "connect", _set_datestyle)
         event.listen(engine, "checkout", functools.partial(_replace_closed, engine.dialect))
+
+
+def _set_datestyle(connection: Any, record: Any) -> None:
+    """Have times told as the driver can read them, whatever the role or the database has for a default."""
+    if not record.driver_connection.info.parameter_status("DateStyle").startswith("ISO"):
+        cursor = connection.cursor()
+        cursor.execute("SET DateStyle = ISO")
+        cursor.close()
+        connection.commit()
 
 
 def _replace_closed(dialect: Dialect, connection: Any, record: Any, _proxy: object) -> None:

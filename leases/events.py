@@ -10,7 +10,19 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, Insert, Subquery, bindparam, func, insert, literal_column, select, true
+from sqlalchemy import (
+    Connection,
+    Executable,
+    FromClause,
+    Insert,
+    Subquery,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    select,
+    true,
+)
 from sqlalchemy.sql.dml import ReturningInsert
 
 from leases import dialects, limits
@@ -118,7 +130,7 @@ LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_ev
 """The number of the stream's last event."""
 
 
-def _inserted(offered: Subquery, fenced: Subquery | None = None) -> Insert:
+def _inserted(offered: Subquery, fenced: FromClause | None = None) -> Insert:
     """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`.
 
     All of them come from the row of the fence, if there is one in the statement: without that row there is nothing.

@@ -12,8 +12,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from leases.engine import describe, sqlite_file
 from leases.errors import LeasesError, SchemaOutdated, StoreError, StoreUnavailable
 
-RETRYABLE_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "53300"})
-"""Serialization failure, deadlock, shutdown, crash, starting up, too many connections."""
+RETRYABLE_STATES = frozenset({"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53300"})
+"""Serialization failure, deadlock, lock timeout, shutdown, crash, starting up, too many connections."""
 
 MISSING_STATES = frozenset({"42P01", "42703", "3F000"})
 """No such table, column or schema."""
@@ -24,8 +24,8 @@ APPENDING = frozenset({"lease_events_seq", "lease_events_pkey"})
 TIMED_OUT_STATES = frozenset({"57014", "55P03"})
 """Cancelled by statement_timeout, lock not available."""
 
-ENDED_STATES = frozenset({"25P03", "25P04", "55P03"})
-"""Ended by idle_in_transaction_session_timeout, by transaction_timeout, by lock_timeout: certainly not committed."""
+ENDED_STATES = frozenset({"25P03", "25P04"})
+"""Ended by idle_in_transaction_session_timeout, by transaction_timeout: certainly not committed."""
 
 BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 

@@ -38,6 +38,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    FromClause,
     Integer,
     Interval,
     MetaData,
@@ -138,7 +139,9 @@ def _fence_sqlite(connection: Connection, grant: dict[str, Any]) -> bool:
 def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
     """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
     setting = func.current_setting(timeout)
-    milliseconds: ColumnElement[str] = cast(cast(func.greatest(1, func.floor(left * 1000)), Integer), Text)
+    # One that ends beyond all that can be counted is of a clock that was set back.
+    counted = func.least(func.greatest(1, func.floor(left * 1000)), 2**31 - 1)
+    milliseconds: ColumnElement[str] = cast(cast(counted, Integer), Text)
     anew = milliseconds
     still: ColumnElement[float] = seconds_of(cast(setting, Interval))
     if timeout == TRANSACTION_TIMEOUT:
@@ -153,9 +156,7 @@ def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
 
 
 TRANSACTION_TIMEOUT = "transaction_timeout"
-
 LOCK_TIMEOUT = "lock_timeout"
-"""Of each wait for a lock; its timer runs only then, so that it costs the least."""
 
 
 def _held() -> Subquery:
@@ -179,17 +180,21 @@ _ZERO: ColumnElement[int] = literal_column("0")
 
 
 @cache
-def fenced_row(postgresql_version: int, *, single: bool) -> Subquery:
+def fenced_row(postgresql_version: int, *, single: bool) -> FromClause:
     """The fence of one grant within a statement that is a transaction of its own: one row if it passes (PostgreSQL).
 
     What the statement writes must come from this row: so it is locked, and found to be current, before. The lock is
-    held until the statement has committed. It cannot idle; and what it waits for is given up at the lease's end. That
-    of a `single` row can wait for nothing but a lock; a batch may take long by itself, which only 17 can limit.
+    held until the statement has committed. A statement cannot idle; at its lease's end it is ended, or, before version
+    17, its wait for a lock.
+
+    It is evaluated once: for a `single` row there is no second time; a batch is joined with it, and then only a
+    MATERIALIZED CTE is sure not to be evaluated for each row of the batch, of which the lease's end would drop some.
     """
-    timeout = LOCK_TIMEOUT if single or postgresql_version < 17 else TRANSACTION_TIMEOUT
+    timeout = TRANSACTION_TIMEOUT if postgresql_version >= 17 else LOCK_TIMEOUT
     left = _left()
     limit = _shortened(timeout, left.c.left_s).label("timeout")
-    return select(left.c.stream_id, durably().label("durable"), limit).where(left.c.left_s > 0).subquery("fenced")
+    row = select(left.c.stream_id, durably().label("durable"), limit).where(left.c.left_s > 0)
+    return row.subquery("fenced") if single else row.cte("fenced").prefix_with("MATERIALIZED")
 
 
 @cache

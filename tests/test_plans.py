@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from sqlalchemy import Connection, event, text
 
-from leases import EventLog, LeaseStore, dialects, events, fleet, operations
+from leases import EventLog, Lease, LeaseStore, dialects, events, fencing, fleet, operations
 from leases.model import Ending, Membership
 from tests.conformance.driver import take
 
@@ -107,22 +108,45 @@ def rows_read(plan: dict[str, Any], table: str) -> int:
     return mine + sum(rows_read(child, table) for child in plan.get("Plans", []))
 
 
-def test_postgresql_appends_without_reading_the_whole_stream_also_before_the_first_analyze(postgresql_url: str) -> None:
+def locked_loops(plan: Any) -> list[int]:
+    """How often each of a plan's nodes that lock rows was run."""
+    mine = [plan["Actual Loops"]] if plan["Node Type"] == "LockRows" else []
+    return mine + [loops for child in plan.get("Plans", []) for loops in locked_loops(child)]
+
+
+def explained(store: LeaseStore, statement: Any, lease: Lease, offered: Sequence[tuple[str, str]]) -> Any:
+    """The plan by which an append of events ran, of which it was told nothing."""
+    compiled = statement.compile(dialect=store.engine.dialect)
+    given = {**compiled.params, **fencing.named(lease), **dialects.events_given(dialects.POSTGRESQL, offered)}
+
+    def explain(connection: Connection) -> Any:
+        connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
+        driver: Any = connection.connection.driver_connection
+        return driver.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {compiled}", given, prepare=True).fetchone()[0]
+
+    (answer,) = store.run(explain)
+    return answer["Plan"]
+
+
+STATEMENTS: dict[str, Any] = {
+    "in a transaction": events._append(dialects.POSTGRESQL),
+    "before 17": events._append_fenced(16, False, False),
+    "alone": events._append_fenced(17, False, False),
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_postgresql_appends_without_reading_the_whole_stream_also_before_the_first_analyze(
+    postgresql_url: str, statement: str
+) -> None:
     with LeaseStore(postgresql_url) as store:
         lease = take(store)
         log = EventLog(store)
         for page in range(10):
             log.append(lease, {f"{page}-{n}": n for n in range(500)})
-        append = events._append(dialects.POSTGRESQL).compile(dialect=store.engine.dialect)
+        if statement == "alone" and (store.engine.dialect.server_version_info or (0,)) < (17,):
+            return  # it sets what came with 17
         offered = [(f"{n % 10}-{n * 9}", "1") for n in range(100)]  # some the stream has, some are new
-        given = {**append.params, "stream": lease.stream_id, "token": lease.fencing_token}
-        given |= dialects.events_given(dialects.POSTGRESQL, offered)
-
-        def explain(connection: Connection) -> Any:
-            connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
-            driver: Any = connection.connection.driver_connection
-            return driver.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {append}", given, prepare=True).fetchone()[0]
-
-        (answer,) = store.run(explain)
-    read = rows_read(answer["Plan"], "lease_events")
-    assert 1 <= read < 1_000, answer
+        plan = explained(store, STATEMENTS[statement], lease, offered)
+    assert 1 <= rows_read(plan, "lease_events") < 1_000, plan
+    assert locked_loops(plan) == ([] if statement == "in a transaction" else [1]), "the fence is for all of them"

@@ -146,6 +146,16 @@ OF_THE_FENCE = (
         (f"{ALONE} -k while_it_waited",),
     ),
     Mutant(
+        "statement-fences-each-event",
+        "a statement that fences does so anew for each event of a batch: those after the lease's end are dropped",
+        (
+            Edit(
+                FENCING, 'row.subquery("fenced") if single else row.cte', 'row.subquery("fenced") if True else row.cte'
+            ),
+        ),
+        ("tests/test_plans.py -k appends", f"{ALONE} -k as_a_whole"),
+    ),
+    Mutant(
         "statement-takes-refusal-for-known",
         "a statement that fences, and writes nothing, is said to have found its events in the log",
         (Edit(EVENTS, "max(new.values())) if new else NOT_TAKEN", "max(new.values(), default=0))"),),

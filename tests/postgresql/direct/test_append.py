@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import Engine, text
@@ -14,10 +15,23 @@ from leases import EventLog, LeaseHeld, LeaseStore, StaleToken, StoreUnavailable
 from leases.direct import NOT_TAKEN, Direct
 from leases.events import append_alone
 from tests.conformance.driver import TTL, take
+from tests.postgresql.direct.ways import in_transactions
 from tests.postgresql.race import Background, Observer, locking
 from tests.waiting import until
 
 SHORT = timedelta(milliseconds=500)
+
+Version = int | None
+OF_ANY_VERSION = pytest.mark.parametrize("version", [16, None])
+"""The server's, or as if it were 16, which has no transaction_timeout."""
+
+
+def as_version(engine: Engine, version: Version) -> int:
+    """Have an Engine's server taken for one of an earlier version; return what it is taken for."""
+    of_server = engine.dialect.server_version_info or (0,)
+    taken_for = int(of_server[0]) if version is None else version
+    engine.dialect.server_version_info = (taken_for, 0)
+    return taken_for
 
 
 def test_an_append_that_waits_for_its_lock_sees_what_was_granted_meanwhile(
@@ -80,38 +94,65 @@ def test_nobody_is_granted_the_stream_while_an_append_is_in_flight(
 
 
 @pytest.mark.parametrize("events", [{"e": 1}, {"d": 0, "e": 1}])
-@pytest.mark.parametrize("version", [(16, 0), None])  # before 17 there is no transaction_timeout
+@OF_ANY_VERSION
 def test_an_append_that_hangs_is_ended_at_its_leases_end(
-    postgresql_url: str, engine: Engine, events: dict[str, int], version: tuple[int, int] | None
+    postgresql_url: str, engine: Engine, caplog: pytest.LogCaptureFixture, events: dict[str, int], version: Version
 ) -> None:
     with LeaseStore(postgresql_url, retry_for=timedelta(0)) as hasty, LeaseStore(postgresql_url) as other:
         lease = take(hasty, ttl=SHORT)
-        dialect = hasty.engine.dialect
-        dialect.server_version_info = version or dialect.server_version_info
+        words = "nothing of it is kept" if as_version(hasty.engine, version) >= 17 else "lock timeout"
         with in_its_way(engine):
             append = Background(EventLog(hasty).append, lease, events)
             until(lambda: other.acquire("a", owner="two", ttl=TTL), "the takeover")
-            with pytest.raises(StoreUnavailable, match="nothing of it is kept"):
+            with pytest.raises(StoreUnavailable, match=words):
                 append.result()
+    assert not caplog.records, "nobody is told of a connection that is lost, but who used it"
+
+
+@OF_ANY_VERSION
+def test_a_batch_that_outlasts_its_lease_is_kept_as_a_whole_or_not_at_all(
+    postgresql_url: str, version: Version
+) -> None:
+    many = {f"{n}": n for n in range(20_000)}
+    with LeaseStore(postgresql_url, retry_for=timedelta(0)) as store:
+        lease = take(store, ttl=timedelta(milliseconds=150))
+        as_version(store.engine, version)
+        try:
+            assert EventLog(store).append(lease, many, checkpoint="all").count == len(many)
+        except (StaleToken, StoreUnavailable):
+            assert EventLog(store).read("a", limit=1) == []
+            assert store.checkpoint("a") is None
 
 
 @pytest.mark.parametrize(("its_own", "least_s", "most_s"), [("0", 50, 60), ("2min", 50, 60), ("30s", 30, 30)])
-@pytest.mark.parametrize("version", [(16, 0), None])
+@OF_ANY_VERSION
 @pytest.mark.parametrize("events", [{"e": 1}, {"d": 0, "e": 1}])
 def test_an_appends_limit_is_its_leases_end_or_the_sessions_own_if_that_is_shorter(
     looked: LeaseStore,
     events: dict[str, int],
-    version: tuple[int, int] | None,
+    version: Version,
     its_own: str,
     least_s: int,
     most_s: int,
 ) -> None:
     lease = take(looked, ttl=timedelta(seconds=60))
     with looked.engine.connect() as owner, owner.begin():
-        owner.dialect.server_version_info = version or owner.dialect.server_version_info
-        new = owner.dialect.server_version_info and owner.dialect.server_version_info >= (17,)
-        setting = "transaction_timeout" if new and len(events) > 1 else "lock_timeout"
+        setting = "transaction_timeout" if as_version(looked.engine, version) >= 17 else "lock_timeout"
         owner.exec_driver_sql(f"SET LOCAL {setting} = '{its_own}'")
         assert append_alone(cast(Any, Direct(looked._shortcut._statements, owner)), lease, events) is not NOT_TAKEN
         milliseconds = owner.scalar(text("SELECT setting::int FROM pg_settings WHERE name = :n"), {"n": setting})
         assert least_s * 1000 <= milliseconds <= most_s * 1000
+
+
+@pytest.mark.parametrize("end", ["now() + interval '30 days'", "'infinity'"])
+def test_a_lease_that_ends_beyond_all_that_can_be_counted_is_fenced_alike(
+    looked: LeaseStore, observer: Observer, end: str
+) -> None:
+    """Its grant was made before the clock was set back. Its token is current all the same."""
+    lease = take(looked)
+    observer.execute(
+        f"SET session_replication_role = replica; UPDATE leases SET expires_at = {end} WHERE stream_id = 'a'"
+    )
+    for store in (looked, in_transactions(looked)):
+        assert EventLog(store).append(lease, {uuid4().hex: 1}).count == 1
+        assert EventLog(store).append(lease, {uuid4().hex: 1, uuid4().hex: 2}, checkpoint=1).count == 2

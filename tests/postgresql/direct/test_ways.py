@@ -9,16 +9,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, text
 
-from leases import EventLog, Lease, LeaseStore, StaleToken, StoreError
+from leases import EventLog, Lease, LeaseStore, StaleToken, StoreError, StoreUnavailable
 from leases.direct import Direct
 from leases.events import append_alone
 from leases.model import Ending, Membership
 from leases.operations import acquire, claim, release, release_all, renew
 from tests.conformance.driver import TTL, take
 from tests.postgresql.direct.ways import attempted, exchanged, in_transactions, pooled
-from tests.postgresql.race import Observer
+from tests.postgresql.race import Background, Observer, locking
 from tests.waiting import until
 
 SHORT = timedelta(milliseconds=500)
@@ -150,6 +150,25 @@ def test_where_the_default_is_read_only_it_is_refused_as_in_a_transaction(
                 EventLog(store).append(lease, {"e": 1})
             refusals.append(type(refused.value))
     assert refusals == [StoreError, StoreError]
+
+
+def test_a_lock_timeout_of_the_session_is_worth_another_try_either_way(
+    postgresql_url: str, engine: Engine, observer: Observer
+) -> None:
+    with LeaseStore(postgresql_url) as store:
+        lease = take(store)
+    database = postgresql_url.rpartition("/")[2]
+    observer.execute(f"ALTER DATABASE {database} SET lock_timeout = '50ms'")
+    for way in (lambda store: store, in_transactions):
+        with LeaseStore(postgresql_url, retry_for=timedelta(0)) as store, locking(engine):
+            store.list()
+            with pytest.raises(StoreUnavailable, match="lock timeout"):
+                way(store).release(lease)
+    with LeaseStore(postgresql_url) as store:
+        with locking(engine):
+            release = Background(store.release, lease)
+            observer.wait_for(1)
+        assert release.result()
 
 
 def test_who_listens_to_an_engine_or_has_it_logged_hears_of_every_statement(
