@@ -46,7 +46,6 @@ from sqlalchemy import (
     Select,
     Subquery,
     Table,
-    Text,
     and_,
     bindparam,
     case,
@@ -55,7 +54,6 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
-    null,
     or_,
     select,
     table,
@@ -65,7 +63,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from leases import dialects, limits
-from leases.dialects import durably, now, seconds, seconds_of, wall
+from leases.dialects import durably, now, seconds, wall
 from leases.errors import ConfigError, StaleToken
 from leases.model import Lease
 from leases.schema import Whole, leases
@@ -122,7 +120,7 @@ def refused(connection: Connection, lease: Lease, owners: Table = leases) -> Sta
 def _fence_postgresql(connection: Connection, grant: dict[str, Any]) -> bool:
     version = (connection.dialect.server_version_info or (13,))[0]
     checked = connection.execute(_check(version), grant).one_or_none()
-    if checked is None or checked.left_s <= 0:
+    if checked is None:
         return False
     if not checked.outermost and connection.execute(SAVEPOINTS).scalar_one():
         raise ConfigError("fence inside a savepoint does not hold: call it in the outermost transaction")
@@ -136,23 +134,17 @@ def _fence_sqlite(connection: Connection, grant: dict[str, Any]) -> bool:
 # --- its statements ----------------------------------------------------------------------------------------------
 
 
-def _shortened(timeout: str, left: ColumnElement[float]) -> ColumnElement[Any]:
-    """Set one of the transaction's time limits to what is `left`, in seconds, unless the caller's own is shorter."""
+def _shortened(timeout: str, remaining: Subquery) -> ColumnElement[Any]:
+    """Set one of the transaction's time limits to what is left of the lease, unless the caller's own ends earlier."""
     setting = func.current_setting(timeout)
-    # One that ends beyond all that can be counted is of a clock that was set back.
-    counted = func.least(func.greatest(1, func.floor(left * 1000)), 2**31 - 1)
-    milliseconds: ColumnElement[str] = cast(cast(counted, Integer), Text)
-    anew = milliseconds
-    still: ColumnElement[float] = seconds_of(cast(setting, Interval))
-    if timeout == TRANSACTION_TIMEOUT:
-        # It counts from the transaction's begin; and a timer that runs is not set anew by another value, only by 0.
-        still = still - seconds(wall(), func.transaction_timestamp())
-        anew = func.concat(func.left(func.set_config(timeout, "0", true()), 0), milliseconds)
-    return case(
-        (left <= 0, null()),
-        (setting == "0", func.set_config(timeout, milliseconds, true())),  # there is none
-        (still > left, func.set_config(timeout, anew, true())),
-    )
+    begun = func.transaction_timestamp() if timeout == TRANSACTION_TIMEOUT else wall()
+    left = remaining.c.expires_at.op("-", return_type=Interval())(begun)
+    # What is beyond all that can be counted is of a clock that was set back.
+    milliseconds = func.least(func.greatest(1, func.floor(remaining.c.left_s * 1000)), 2**31 - 1)
+    # By way of 0: a timer that runs is not set anew by another value.
+    stopped = func.left(func.set_config(timeout, "0", true()), 0)
+    anew = func.set_config(timeout, func.concat(stopped, cast(milliseconds, Integer)), true())
+    return case((or_(setting == "0", cast(setting, Interval) > left), anew)).label(timeout)
 
 
 TRANSACTION_TIMEOUT = "transaction_timeout"
@@ -168,12 +160,11 @@ def _held() -> Subquery:
     return held.with_for_update(read=True, key_share=True).offset(_ZERO).subquery("held")
 
 
-def _left() -> Subquery:
-    """How many seconds are left of it, by the clock as it is after the lock; read once, though it is used often."""
+def _remaining() -> Subquery:
+    """That row, with the seconds that are left of it, by the clock as it is after the lock."""
     held = _held()
-    return (
-        select(held.c.stream_id, seconds(held.c.expires_at, wall()).label("left_s")).offset(_ZERO).subquery("remaining")
-    )
+    left_s = seconds(held.c.expires_at, wall()).label("left_s")
+    return select(held.c.stream_id, held.c.expires_at, left_s).offset(_ZERO).subquery("remaining")
 
 
 _ZERO: ColumnElement[int] = literal_column("0")
@@ -191,9 +182,9 @@ def fenced_row(postgresql_version: int, *, single: bool) -> FromClause:
     MATERIALIZED CTE is sure not to be evaluated for each row of the batch, of which the lease's end would drop some.
     """
     timeout = TRANSACTION_TIMEOUT if postgresql_version >= 17 else LOCK_TIMEOUT
-    left = _left()
-    limit = _shortened(timeout, left.c.left_s).label("timeout")
-    row = select(left.c.stream_id, durably().label("durable"), limit).where(left.c.left_s > 0)
+    remaining = _remaining()
+    limit = _shortened(timeout, remaining)
+    row = select(remaining.c.stream_id, durably().label("durable"), limit).where(remaining.c.left_s > 0)
     return row.subquery("fenced") if single else row.cte("fenced").prefix_with("MATERIALIZED")
 
 
@@ -206,19 +197,16 @@ def _check(postgresql_version: int) -> Select[Any]:
     lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
     that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
     """
-    checked = _left()
+    remaining = _remaining()
     same = leases.alias("same")
     locker = (
         select(literal_column("same.xmax = pg_current_xact_id()::xid", Boolean))
-        .where(same.c.stream_id == checked.c.stream_id)
+        .where(same.c.stream_id == remaining.c.stream_id)
         .scalar_subquery()
     )
     timeouts = ["idle_in_transaction_session_timeout"] + [TRANSACTION_TIMEOUT] * (postgresql_version >= 17)
-    return select(
-        checked.c.left_s,
-        func.coalesce(locker, literal(False)).label("outermost"),
-        *(_shortened(timeout, checked.c.left_s).label(timeout) for timeout in timeouts),
-    )
+    limits = [_shortened(timeout, remaining) for timeout in timeouts]
+    return select(func.coalesce(locker, literal(False)).label("outermost"), *limits).where(remaining.c.left_s > 0)
 
 
 SAVEPOINTS = (

@@ -56,7 +56,7 @@ class Replaced:
 
 
 # How the product's statements begin, and parts of them.
-FENCE = "SELECT remaining.left_s"
+FENCE = "SELECT coalesce((SELECT same.xmax"
 ACQUIRE = "WITH candidate AS"
 CLAIM = "WITH RECURSIVE free AS"
 RENEW = "WITH locked AS"
@@ -227,14 +227,7 @@ MUTANTS: Sequence[Mutant] = (
         r"SELECT %(stream)s::VARCHAR AS stream_id, one.\1FROM \2",
     ),
     _sql("append alone: no lock", "alone-steal", "fenced", FENCED_APPEND, "FOR KEY SHARE", ""),
-    _sql(
-        "append alone: looks at no clock",
-        "alone-takeover",
-        "fenced",
-        FENCED_APPEND,
-        r"(?<=WHERE )remaining\.left_s > .+?(?=\) AS fenced)",
-        "true",
-    ),
+    _sql("append alone: looks at no clock", "alone-takeover", "fenced", FENCED_APPEND, LEFT, "interval '1 hour'"),
     _sql(
         "append: numbers from 1",
         "append-append",

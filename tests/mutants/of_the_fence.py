@@ -63,8 +63,8 @@ OF_THE_FENCE = (
         "fence-no-expiry",
         "the fence passes on a lease that has expired",
         (
-            Edit(FENCING, "    if checked is None or checked.left_s <= 0:", "    if checked is None:"),
-            Edit(FENCING, ".where(left.c.left_s > 0)", ""),
+            Edit(FENCING, "limits).where(remaining.c.left_s > 0)", "limits)"),
+            Edit(FENCING, "limit).where(remaining.c.left_s > 0)", "limit)"),
             Edit(FENCING, "update(leases).where(MINE, leases.c.expires_at > now())", "update(leases).where(MINE)"),
         ),
         ("model", "tests/conformance/test_fence.py"),
@@ -73,8 +73,8 @@ OF_THE_FENCE = (
         "fence-at-expiry",
         "the fence still passes at the moment of the expiry",
         (
-            Edit(FENCING, "checked.left_s <= 0:", "checked.left_s < 0:"),
-            Edit(FENCING, ".where(left.c.left_s > 0)", ".where(left.c.left_s >= 0)"),
+            Edit(FENCING, "limits).where(remaining.c.left_s > 0)", "limits).where(remaining.c.left_s >= 0)"),
+            Edit(FENCING, "limit).where(remaining.c.left_s > 0)", "limit).where(remaining.c.left_s >= 0)"),
             Edit(FENCING, "where(MINE, leases.c.expires_at > now())", "where(MINE, leases.c.expires_at >= now())"),
         ),
         ("model", "tests/conformance/test_fence.py"),
@@ -127,7 +127,7 @@ OF_THE_FENCE = (
     Mutant(
         "fence-lengthens-limits",
         "the fence replaces the caller's own, shorter time limits",
-        (Edit(FENCING, "(still > left, ", "(left > 0, "),),
+        (Edit(FENCING, 'or_(setting == "0", cast(setting, Interval) > left)', "true()"),),
         ("tests/postgresql/test_fence.py -k lengthen",),
     ),
     Mutant(
@@ -176,7 +176,7 @@ OF_THE_FENCE = (
     Mutant(
         "statement-outlives-lease",
         "a statement that fences, and hangs, is not ended with its lease",
-        (Edit(FENCING, "    limit = _shortened(timeout, left.c.left_s).", "    limit = null()."),),
+        (Edit(FENCING, "    limit = _shortened(timeout, remaining)\n", '    limit = literal("").label(timeout)\n'),),
         (f"{ALONE} -k hangs",),
     ),
     Mutant(
