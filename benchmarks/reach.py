@@ -126,11 +126,14 @@ def linear(run: Run) -> Iterator[Aim]:
 
 
 def level(run: Run) -> Iterator[Aim]:
-    """A planning round costs no more where there are many leases than where there are few."""
+    """A planning round costs no more where there are many leases than where there are few.
+
+    The two were measured minutes apart, so each counts by its fastest round: what else the machine did is in neither.
+    """
     few, many = (run.case("plan", f"{count} leases") for count in ("1,000", "100,000"))
     for name in (OURS, SQLITE):
         little, lot = (case.of(name) if case else None for case in (few, many))
         if little is not None and lot is not None:
-            ratio = lot.median / little.median
-            words = f"100,000 leases: {name} at most 1.5 times as long as with 1,000"
+            ratio = min(lot.rounds) / min(little.rounds)
+            words = f"100,000 leases: {name} at most 1.5 times as long as with 1,000 (the fastest rounds)"
             yield Aim("plan", words, f"{ratio:.2f}×", ratio <= 1.5)
