@@ -15,6 +15,9 @@ from leases.errors import LeasesError, SchemaOutdated, StoreError, StoreUnavaila
 RETRYABLE_STATES = frozenset({"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53300"})
 """Serialization failure, deadlock, lock timeout, shutdown, crash, starting up, too many connections."""
 
+UNPREPARED_STATES = frozenset({"42P05", "26000"})
+"""A prepared statement that is there already, or is not: its connection is not one session."""
+
 MISSING_STATES = frozenset({"42P01", "42703", "3F000"})
 """No such table, column or schema."""
 
@@ -113,6 +116,8 @@ def translate(error: SQLAlchemyError, url: URL) -> LeasesError:
     state = sqlstate(error) or ""
     if state in MISSING_STATES:
         return SchemaOutdated(f"{where} has not the tables of this version; run `leases migrate`")
+    if state in UNPREPARED_STATES:
+        return StoreError(f"{where} refused: {said}; behind a pooler append ?prepare_threshold=none to the URL")
     if state == "23505" and constraint(error) in APPENDING:
         return StoreUnavailable(f"{where}: another append to the same stream was faster; try again")
     if isinstance(cause, psycopg.OperationalError) and not state:

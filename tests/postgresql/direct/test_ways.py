@@ -171,6 +171,15 @@ def test_a_lock_timeout_of_the_session_is_worth_another_try_either_way(
         assert release.result()
 
 
+def test_a_pooler_that_mixes_sessions_up_is_told_of_with_what_to_do(looked: LeaseStore) -> None:
+    lease = take(looked)
+    for _ in range(10):  # the driver prepares what comes often
+        looked.renew([lease], owner="one", ttl=TTL)
+    pooled(looked).pgconn.exec_(b"DEALLOCATE ALL")  # another session has not prepared it
+    with pytest.raises(StoreError, match=r"append \?prepare_threshold=none to the URL"):
+        looked.renew([lease], owner="one", ttl=TTL)
+
+
 def test_who_listens_to_an_engine_or_has_it_logged_hears_of_every_statement(
     looked: LeaseStore, postgresql_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
