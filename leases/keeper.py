@@ -252,7 +252,8 @@ class Keeper:
     def _look_after(self, names: Collection[str], line: Line, ttl: timedelta) -> None:
         owner = self.member.worker_id
         found = line.run(lambda connection: fleet.strays(connection, names, owner=owner), read_only=True)
-        if not all(stray.live for stray in found):
+        # One that is known came while the beat was on its way: the next one names it, and learns what became of it.
+        if any(not stray.live and not self._knows(stray) for stray in found):
             line.run(lambda connection: fleet.let_go_expired(connection, owner=owner))
         for stray in found:
             if not stray.live or self._knows(stray) or not self._told.adopts(stray):

@@ -25,6 +25,7 @@ from leases import (
     StaleToken,
     StoreError,
     StreamSession,
+    administration,
 )
 from leases import engine as engines
 from leases.line import Line
@@ -423,6 +424,22 @@ def test_what_expired_in_a_live_workers_name_returns_to_the_fleet(registry: Sess
         beat(registry)
     claimed = store.claim(owner="other", ttl=TTL, limit=1)
     assert [grant.fencing_token for grant in claimed] == [lease.fencing_token + 1]
+
+
+def test_a_session_that_is_opened_and_ended_while_a_beat_is_on_its_way_learns_why(
+    registry: SessionRegistry, store: LeaseStore, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    def meanwhile() -> float:
+        """The beat has listed what it renews, and not yet asked; then it finds the session's row as one it has not."""
+        monkeypatch.undo()
+        registry.open("s")
+        store.run(lambda connection: administration.end_now(connection, "s", must_be_held=True))
+        return registry.keeper._clock()
+
+    monkeypatch.setattr(registry.keeper, "_clock", meanwhile)
+    beat(registry)
+    beat(registry)
+    assert seen.lost == [("s", Loss.EXPIRED)]
 
 
 def test_a_checkpoint_that_cannot_be_stored_leaves_the_session_open(registry: SessionRegistry) -> None:
