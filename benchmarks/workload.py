@@ -51,7 +51,7 @@ WORKLOADS = {
     "heartbeat": "renew all leases that a process holds, on one connection",
     "herd": "10,000 leases of a dead owner have expired; 8 processes own them anew",
     "takeover": "from the SIGKILL of an owner to its 10 streams owned by another process",
-    "fenced": "append events to a stream's log under the fence; the floor is the bare INSERT, without a fence",
+    "fenced": "append events to a stream's log under the fence; the floor is the bare INSERT of as many rows",
     "plan": "one planning round of one of 100 workers, which hold all leases: it sees the pool, and has nothing to do",
     "crowd": "each process acquires its streams one by one, renews them all, writes an event to each and releases it",
     "memory": "what a process's memory grows by when it owns 10,000 streams",

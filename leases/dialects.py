@@ -349,11 +349,11 @@ def event_offered() -> Subquery:
     ).subquery(ONE)
 
 
-def events_given(dialect: str, events: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
-    """The parameters of `events_offered`, from pairs of event_id and payload as JSON text."""
+def events_given(dialect: str, events: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
+    """The parameters of `events_offered`, from pairs of event_id and payload; `ConfigError` if one cannot be stored."""
     if dialect == POSTGRESQL:
-        return {"events": f"[{','.join(f'[{json.dumps(event_id)},{payload}]' for event_id, payload in events)}]"}
-    return {"events": json.dumps(events)}
+        return {"events": limits.payloads(events)}
+    return {"events": json.dumps([(event_id, limits.payload(event_id, payload)) for event_id, payload in events])}
 
 
 @cache

@@ -50,9 +50,9 @@ def append(
     lease is not live: the transaction is then rolled back. All events of the batch commit, or none.
     """
     offered, duplicates = _offered(events, checkpoint)
-    fence(connection, lease)
     dialect = dialects.name_of(connection)
     given = dialects.events_given(dialect, list(offered.items()))
+    fence(connection, lease)
     new = {row.event_id: row.seq for row in connection.execute(_append(dialect), {**named(lease), **given})}
     if checkpoint is not None:
         put_checkpoint(connection, lease, checkpoint)
@@ -76,7 +76,8 @@ def append_alone(
         return NOT_TAKEN
     values: dict[str, Any] = {**named(lease), "position": checkpoint}
     if len(offered) == 1:
-        ((values["event_id"], values["payload"]),) = offered.items()
+        ((event_id, payload),) = offered.items()
+        values["event_id"], values["payload"] = event_id, limits.payload(event_id, payload)
     else:
         values.update(dialects.events_given(POSTGRESQL, list(offered.items())))
     version = (connection.dialect.server_version_info or (13,))[0]
@@ -85,9 +86,9 @@ def append_alone(
     return _appended(offered, duplicates, new, max(new.values())) if new else NOT_TAKEN
 
 
-def _offered(events: Iterable[Event] | Mapping[str, JSON], checkpoint: JSON) -> tuple[dict[str, str], list[str]]:
-    """The events by event_id, as JSON text, and which of them came once more; `ConfigError` if one cannot be stored."""
-    offered: dict[str, str] = {}
+def _offered(events: Iterable[Event] | Mapping[str, JSON], checkpoint: JSON) -> tuple[dict[str, JSON], list[str]]:
+    """The events' payloads by event_id, and which of them came once more."""
+    offered: dict[str, JSON] = {}
     duplicates = []
     for event_id, payload in limits.events(events):
         if event_id in offered:

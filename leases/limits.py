@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -139,11 +139,25 @@ def endings(values: Iterable[Ending]) -> list[Ending]:
     return given
 
 
-def events(values: Iterable[Event] | Mapping[str, JSON]) -> Iterator[tuple[str, str]]:
-    """The events' ids, and their payloads as JSON text, if every one can be stored."""
+def events(values: Iterable[Event] | Mapping[str, JSON]) -> Iterator[tuple[str, JSON]]:
+    """The events' ids and payloads, if every id can name an event. Of a payload `payload` and `payloads` tell."""
     pairs = values.items() if isinstance(values, Mapping) else map(_event, _many("events", values))
-    for name, payload in pairs:
-        yield event_id(name), document(f"the payload of event {name!r}", payload)
+    return ((event_id(name), payload) for name, payload in pairs)
+
+
+def payload(name: str, value: JSON) -> str:
+    """Return an event's payload as JSON text."""
+    return document(f"the payload of event {name!r}", value)
+
+
+def payloads(pairs: Sequence[tuple[str, JSON]]) -> str:
+    """Return events as one JSON text, an array of arrays of id and payload."""
+    try:
+        return document("a batch of events", pairs)
+    except ConfigError:
+        for pair in pairs:
+            payload(*pair)  # which of them it is
+        raise
 
 
 def _event(value: Event) -> tuple[str, JSON]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from benchmarks.contestant import Contestant
 from benchmarks.contestants.advisory import Advisory
-from benchmarks.contestants.bare import Bare
+from benchmarks.contestants.bare import Bare, BareInOneText
 from benchmarks.contestants.etcd import Etcd
 from benchmarks.contestants.leases_store import LeasesOnPostgreSQL, LeasesOnSQLite
 from benchmarks.contestants.redis_lock import RedisLock, Redlock
@@ -14,5 +14,5 @@ from benchmarks.contestants.zookeeper import ZooKeeper
 
 CONTESTANTS: Mapping[str, type[Contestant]] = {
     each.name: each
-    for each in (LeasesOnPostgreSQL, LeasesOnSQLite, Bare, Advisory, RedisLock, Redlock, Etcd, ZooKeeper)
+    for each in (LeasesOnPostgreSQL, LeasesOnSQLite, Bare, BareInOneText, Advisory, RedisLock, Redlock, Etcd, ZooKeeper)
 }
