@@ -46,9 +46,17 @@ def main(
     if run_file is not None:
         from benchmarks.page import write  # matplotlib is slow to load
 
-        for written in write(Run.load(run_file), Path("docs")):
+        try:
+            run = Run.load(run_file)
+        except (ValueError, KeyError, TypeError) as error:
+            raise click.UsageError(f"{run_file} is no run's file ({type(error).__name__}: {error})") from None
+        if run.quick:
+            raise click.UsageError(f"{run_file} is of a quick run, which shows that it works, and not how fast")
+        for written in write(run, Path("docs")):
             console.print(f"wrote {written}")
         return
+    if file is not None and not file.parent.is_dir():
+        raise click.UsageError(f"there is no directory {file.parent}")
     for run in perform(console, only or list(WORKLOADS), names or list(CONTESTANTS), quick, rounds):
         if file is not None:
             run.save(file)  # after each case: a long run that is ended keeps what it has
@@ -59,6 +67,7 @@ def perform(
     console: Console, workloads: Sequence[str], names: Sequence[str], quick: bool, rounds: int | None
 ) -> Iterator[Run]:
     """Run what is asked for; yield the run so far, at its beginning and after each case."""
+    load = os.getloadavg()[0]  # of others: ours has not begun
     chosen = [case for case in cases(quick, rounds) if case.workload in workloads]
     bar = Progress(
         BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
@@ -74,7 +83,7 @@ def perform(
                 "cores": str(os.cpu_count()),
                 "system": f"{platform.system()} {platform.machine()}",
                 "python": platform.python_version(),
-                "load": f"{os.getloadavg()[0]:.1f}",  # of others: ours has not begun
+                "load": f"{load:.1f}",
             },
             quick=quick,
             entrants=tuple(entrants),

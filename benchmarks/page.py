@@ -67,9 +67,6 @@ def lines(run: Run) -> Iterator[str]:
             f"**Other programs were busy on the machine** (load {run.machine['load']} when the run began): the "
             "ratios hold, the figures themselves are too slow."
         )
-    if run.quick:
-        yield ""
-        yield "**From a quick run: this shows that it works, and not how fast.**"
     yield ""
     yield "## Contestants"
     yield ""

@@ -38,7 +38,8 @@ PLACES = {
     cls=Group,
     places=PLACES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
-    epilog="The database comes from --url, or else $LEASES_DATABASE_URL; @FILE stands for a file's first line. "
+    epilog="The database comes from --url, or else $LEASES_DATABASE_URL, or else is a SQLite file in your data "
+    "directory; @FILE stands for a file's first line. "
     "Exit codes: 0 done, 1 refused or not held, 2 usage, 3 store unavailable, 4 schema.",
 )
 @common_options

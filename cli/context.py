@@ -116,9 +116,9 @@ def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) ->
     _remember(ctx, param, value)
 
 
-def common_options(command: F) -> F:
+def common_options(command: F, *, url_default: str = f"${URL_VARIABLE}, or a file") -> F:
     """Add --url, --schema and --json; the command takes `@click.pass_obj`."""
-    url_help = f"The database, or @FILE: its first line. [default: ${URL_VARIABLE}]"
+    url_help = f"The database, or @FILE: its first line. [default: {url_default}]"
     schema_help = "PostgreSQL's schema of the tables."
     json_help = "Print JSON, one object a line."
     for option in (

@@ -6,7 +6,7 @@ network do. So here SQLAlchemy opens the connections and writes the SQL (`prepar
 
 A `Direct` is to the operations what a `Connection` is, as far as those use one that may stand alone: `dialect`,
 `execute`, and of its answer `all`, `one_or_none`, `one`, `scalar_one` and iteration. It is only a first try, on a sound
-connection: whatever fails is tried again in a transaction, by SQLAlchemy. The transaction is taken at once,
+connection: what may be tried again is, in a transaction, by SQLAlchemy. The transaction is taken at once,
 
 - on an Engine of the caller's: its listeners are to hear of everything, and its settings are to hold;
 - where somebody listens to our Engine's statements all the same, or has them logged;
@@ -168,7 +168,7 @@ class Shortcut:
         return self._connected()
 
     def run(self, direct: Direct, call: EitherWay[R]) -> R | NotTaken:
-        """Run a call's statements, each a transaction, and give the connection back.
+        """Run a call's statements, each a transaction, and give the connection back, or keep it for the next call.
 
         What the database refuses is a `DBAPIError`: after one with `connection_invalidated` nothing is known.
         """

@@ -10,7 +10,7 @@ moves), lose the lease, wake up and write. The fence closes that gap, because ch
 What it promises: if `fence` returns, no grant, steal or expire of that stream commits before this transaction ends;
 and at the moment of the check the token was current, the owner the row's, and the lease unexpired. It holds at every
 isolation level, but that under REPEATABLE READ and SERIALIZABLE the check is of the transaction's snapshot: a release
-or an operator's first step that was committed since is not seen. The next grant waits all the same. Heartbeats pass.
+or an operator's first step that was committed since is not seen. No grant commits, all the same. Heartbeats pass.
 
 How, on PostgreSQL: the row is locked `FOR KEY SHARE`. A grant raises the token, which is a column of a unique index,
 and so needs `FOR UPDATE`, which waits; a heartbeat needs `FOR NO KEY UPDATE`, which does not. After the lock the expiry
@@ -141,7 +141,7 @@ def _shortened(timeout: str, remaining: Subquery) -> ColumnElement[Any]:
     left = remaining.c.expires_at.op("-", return_type=Interval())(begun)
     # What is beyond all that can be counted is of a clock that was set back.
     milliseconds = func.least(func.greatest(1, func.floor(remaining.c.left_s * 1000)), 2**31 - 1)
-    # By way of 0: a timer that runs is not set anew by another value.
+    # By way of 0: a timer that runs is not set anew by another value. (The caller's is taken to run since the begin.)
     stopped = func.left(func.set_config(timeout, "0", true()), 0)
     anew = func.set_config(timeout, func.concat(stopped, cast(milliseconds, Integer)), true())
     return case((or_(setting == "0", cast(setting, Interval) > left), anew)).label(timeout)
@@ -154,7 +154,7 @@ LOCK_TIMEOUT = "lock_timeout"
 def _held() -> Subquery:
     """The grant's row, if it is current, under a lock that lets no other grant commit before this transaction ends.
 
-    OFFSET 0 keeps what is asked of the row, its expiry, above the lock; as a CTE would, which costs more to run.
+    OFFSET 0 keeps what is asked of the row, its expiry, above the lock. A CTE would too, and cost more to run.
     """
     held = select(leases.c.stream_id, leases.c.expires_at).where(MINE)
     return held.with_for_update(read=True, key_share=True).offset(_ZERO).subquery("held")
@@ -195,7 +195,8 @@ def _check(postgresql_version: int) -> Select[Any]:
     The lock comes first, the clock is read after it: an expiry that happened while this waited is seen. Only if
     the check passes are the transaction's time limits shortened, so that the server itself ends a writer at its
     lease's end: one that is idle between statements, and from version 17 on one that is busy too. `outermost` says
-    that the lock was taken by the transaction itself, not in a savepoint; where it is false, `SAVEPOINTS` tells.
+    that the row's locker is the transaction itself. A savepoint has an id of its own, and where others have locked the
+    row as well there is one for all of them: then `SAVEPOINTS` tells.
     """
     remaining = _remaining()
     same = leases.alias("same")
@@ -205,8 +206,8 @@ def _check(postgresql_version: int) -> Select[Any]:
         .scalar_subquery()
     )
     timeouts = ["idle_in_transaction_session_timeout"] + [TRANSACTION_TIMEOUT] * (postgresql_version >= 17)
-    limits = [_shortened(timeout, remaining) for timeout in timeouts]
-    return select(func.coalesce(locker, literal(False)).label("outermost"), *limits).where(remaining.c.left_s > 0)
+    shortened = [_shortened(timeout, remaining) for timeout in timeouts]
+    return select(func.coalesce(locker, literal(False)).label("outermost"), *shortened).where(remaining.c.left_s > 0)
 
 
 SAVEPOINTS = (

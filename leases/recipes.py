@@ -11,6 +11,7 @@ A recipe decides; the stores act, `LeaseStore` with threads and `AsyncLeaseStore
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -22,6 +23,7 @@ from sqlalchemy import Connection
 
 from leases import administration, limits, operations
 from leases.direct import EitherWay
+from leases.errors import LeaseHeld
 from leases.model import DEFAULT_POOL, Lease, Observed, Pruned
 
 Clock = Callable[[], float]
@@ -59,6 +61,8 @@ Step = Do | Wait | Sleep
 Recipe = Generator[Step, Any, Any]
 
 NO_WAIT = timedelta(0)
+RECORD_S = 1.0
+"""How long an operator who has waited in vain may wait once more, for the audit's line of it."""
 DEFAULT_TIMEOUT = timedelta(seconds=10)
 
 
@@ -138,12 +142,13 @@ def expire(
     """End a lease now and leave the stream free; return its new token. Back means: nothing stale can commit any more.
 
     Waits up to `timeout` for fenced writes in flight; then `LeaseHeld` names the sessions that hold the row: the
-    lease has ended and no new write passes, but theirs still may. `force` ends those sessions (PostgreSQL).
+    lease has ended and no new write passes, but theirs still may; the audit says `end`. `force` ends those sessions
+    (PostgreSQL).
     `fencing_token` names the grant that is meant: `LeaseNotHeld` if it is not the current one, or nobody holds it.
     """
     observed = yield from _end_now(clock, stream_id, actor, reason, fencing_token, timeout, for_steal=False)
     call = partial(administration.revoke, actor=actor, reason=reason)
-    token: int = yield _fenced(observed, call, timeout, force)
+    token: int = yield from _supersede(observed, call, actor, reason, timeout, force)
     return token
 
 
@@ -169,7 +174,7 @@ def steal(
     call = partial(
         administration.hand_over, to=to, ttl=ttl, claim_id=uuid5(uuid4(), "steal"), actor=actor, reason=reason
     )
-    lease: Lease = yield _fenced(observed, call, timeout, force)
+    lease: Lease = yield from _supersede(observed, call, actor, reason, timeout, force)
     return lease
 
 
@@ -209,14 +214,35 @@ def _end_now(
     return observed
 
 
-def _fenced(observed: Observed, call: Callable[[Connection, Observed], Any], timeout: timedelta, force: bool) -> Wait:
-    return Wait(
-        lambda connection, _: call(connection, observed),
-        observed.stream_id,
-        timeout.total_seconds(),
-        "expired, not yet fenced: no new write passes, but one in flight may still commit",
-        force,
-    )
+def _supersede(
+    observed: Observed,
+    call: Callable[[Connection, Observed], Any],
+    actor: str,
+    reason: str | None,
+    timeout: timedelta,
+    force: bool,
+) -> Generator[Step, Any, Any]:
+    try:
+        return (
+            yield Wait(
+                lambda connection, _: call(connection, observed),
+                observed.stream_id,
+                timeout.total_seconds(),
+                "expired, not yet fenced: no new write passes, but one in flight may still commit",
+                force,
+            )
+        )
+    except LeaseHeld:
+        if observed.live:  # which it is no more
+            line = (observed.stream_id, observed.fencing_token, observed.fencing_token, reason)
+            with suppress(LeaseHeld):  # on SQLite whoever is in the way is so here, too
+                yield Wait(
+                    lambda connection, _: administration.record(connection, "end", actor, *line),
+                    observed.stream_id,
+                    RECORD_S,
+                    "ended, and not recorded",
+                )
+        raise
 
 
 def prune(clock: Clock, *, before: datetime) -> Generator[Step, Any, Pruned]:

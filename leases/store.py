@@ -27,7 +27,7 @@ from tenacity import Retrying
 from leases import administration, events, fleet, fork, limits, migrate, operations, recipes, views
 from leases.direct import NOT_TAKEN, EitherWay, NotTaken, Shortcut
 from leases.engine import READ_OPTION, create_engine, describe
-from leases.errors import ConfigError, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
+from leases.errors import ConfigError, LeaseHeld, LeaseNotHeld, OutcomeUnknown, StoreUnavailable
 from leases.faults import check_file
 from leases.model import Lease
 from leases.recipes import Do, Sleep, Step, Wait
@@ -174,14 +174,17 @@ class LeaseStore:
 
     def _follow(self, recipe: Generator[Step, Any, R]) -> R:
         with closing(recipe):
-            answer: Any = None
+            resume: Callable[[], Step] = functools.partial(recipe.send, None)
             while True:
                 try:
-                    step = recipe.send(answer)
+                    step = resume()
                 except StopIteration as done:
                     result: R = done.value
                     return result
-                answer = self._act(step)
+                try:
+                    resume = functools.partial(recipe.send, self._act(step))
+                except LeaseHeld as error:  # of which the recipe may have more to do
+                    resume = functools.partial(recipe.throw, error)
 
     def _act(self, step: Step) -> Any:
         match step:

@@ -231,7 +231,7 @@ class Watch:
         )
         raise LeaseHeld(
             f"{self.step.stream_id!r}: {self.step.refusal}; held after {self.step.timeout_s:g} s by "
-            f"{who or 'another transaction'}; wait and try again, or end that session",
+            f"{who or 'another transaction'}; wait and try again, or force that session to end",
             stream_id=self.step.stream_id,
             blockers=self.blockers,
         )

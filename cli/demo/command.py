@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,7 +96,7 @@ leases demo orders.csv --stream-by customer --id-by order_id --workers 8
 @click.option(
     "--drain", type=click.IntRange(0), default=0, show_default=True, help="Workers to ask to leave, in good order."
 )
-@common_options
+@partial(common_options, url_default="a temporary file")
 @click.pass_obj
 def demo(
     settings: Settings,

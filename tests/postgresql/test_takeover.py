@@ -112,9 +112,13 @@ def test_an_operator_that_waits_too_long_is_told_who_blocks(
     with writing(engine, lease) as connection:
         pid = connection.execute(text("SELECT pg_backend_pid()")).scalar()
         with pytest.raises(LeaseHeld) as held:
-            getattr(store, action)("a", actor="op", timeout=timedelta(seconds=1), **MORE[action])
+            getattr(store, action)("a", actor="op", reason="x", timeout=timedelta(seconds=1), **MORE[action])
         connection.execute(WRITE, {"token": 1})
         connection.commit()
+    (line,) = store.audit()
+    assert (line.action, line.stream_id, line.reason, line.token_after) == ("end", "a", "x", 1), (
+        "it is not live any more"
+    )
     (blocker,) = held.value.blockers
     assert (blocker.pid, blocker.application, blocker.state) == (pid, "billing", "idle in transaction")
     for said in ("expired, not yet fenced", f"pid {pid}", "billing"):
