@@ -92,7 +92,7 @@ def _fenced(measured: Measured) -> Iterator[Aim]:
 def _memory(measured: Measured) -> Iterator[Aim]:
     figure = measured.of(OURS)
     if figure is not None:
-        words = f"{measured.variant}: at most 1.5 KiB a lease"
+        words = f"{measured.variant}: {OURS} at most 1.5 KiB a lease"
         yield Aim(measured.workload, words, f"{figure.median:.2f} KiB", figure.median <= 1.5)
 
 

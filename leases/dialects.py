@@ -64,6 +64,12 @@ def name_of(connection: Connection) -> str:
     return require_supported(connection.dialect.name)
 
 
+def postgresql_version(connection: Connection) -> int:
+    """Return the server's major version; before the first connection has asked, the least that is supported."""
+    known = connection.dialect.server_version_info
+    return int(known[0]) if known else 13
+
+
 def require_supported(dialect: str) -> str:
     """Return the name of a dialect that leases runs on, or raise `ConfigError`."""
     if dialect not in (POSTGRESQL, SQLITE):
@@ -334,10 +340,6 @@ def events_offered(dialect: str) -> Subquery:
     return rows.subquery("offered")
 
 
-ONE = "one"
-"""The name of `event_offered`, as a row."""
-
-
 @cache
 def event_offered() -> Subquery:
     """One event as such a row, of the parameters `event_id` and `payload`: without a batch's cost (PostgreSQL)."""
@@ -346,7 +348,7 @@ def event_offered() -> Subquery:
         cast(bindparam("event_id"), Text).label("event_id"),
         payload.label("payload"),
         literal_column("1").label("position"),
-    ).subquery(ONE)
+    ).subquery("one")
 
 
 def events_given(dialect: str, events: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:

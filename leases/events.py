@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningInsert
 
 from leases import dialects, limits
-from leases.dialects import ONE, POSTGRESQL, event_offered, events_offered, now
+from leases.dialects import POSTGRESQL, event_offered, events_offered, now
 from leases.direct import NOT_TAKEN, NotTaken
 from leases.fencing import fence, fenced_row, named
 from leases.model import JSON, Appended, Event, Lease, RecordedEvent
@@ -75,13 +75,13 @@ def append_alone(
     if not offered:
         return NOT_TAKEN
     values: dict[str, Any] = {**named(lease), "position": checkpoint}
-    if len(offered) == 1:
+    single = len(offered) == 1
+    if single:
         ((event_id, payload),) = offered.items()
         values["event_id"], values["payload"] = event_id, limits.payload(event_id, payload)
     else:
         values.update(dialects.events_given(POSTGRESQL, list(offered.items())))
-    version = (connection.dialect.server_version_info or (13,))[0]
-    statement = _append_fenced(version, len(offered) == 1, checkpoint is not None)
+    statement = _append_fenced(dialects.postgresql_version(connection), single, checkpoint is not None)
     new = {row.event_id: row.seq for row in connection.execute(statement, values)}
     return _appended(offered, duplicates, new, max(new.values())) if new else NOT_TAKEN
 
@@ -131,7 +131,7 @@ LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_ev
 """The number of the stream's last event."""
 
 
-def _inserted(offered: Subquery, fenced: FromClause | None = None) -> Insert:
+def _inserted(offered: Subquery, fenced: FromClause | None = None, *, single: bool = False) -> Insert:
     """Insert those of a batch whose event_id is new to the stream, with the next numbers of its `seq`.
 
     All of them come from the row of the fence, if there is one in the statement: without that row there is nothing.
@@ -143,8 +143,8 @@ def _inserted(offered: Subquery, fenced: FromClause | None = None) -> Insert:
         .where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
         .scalar_subquery()
     )
-    # The place of an event among those that are new; of one alone it is known.
-    place = offered.c.position if offered.name == ONE else func.row_number().over(order_by=offered.c.position)
+    # The place of an event among those that are new; of a single one it is known.
+    place = offered.c.position if single else func.row_number().over(order_by=offered.c.position)
     fresh = (
         select(
             STREAM if fenced is None else fenced.c.stream_id,
@@ -165,7 +165,7 @@ def _inserted(offered: Subquery, fenced: FromClause | None = None) -> Insert:
 
 @cache
 def _append(dialect: str) -> ReturningInsert[Any]:
-    """The events, in a transaction that has fenced before."""
+    """The events, in a transaction that has fenced before, and which is durable from here on."""
     return _inserted(events_offered(dialect)).returning(lease_events.c.event_id, lease_events.c.seq, DURABLE)
 
 
@@ -180,7 +180,7 @@ def _append_fenced(postgresql_version: int, single: bool, with_checkpoint: bool)
     """
     columns = lease_events.c
     offered = event_offered() if single else events_offered(POSTGRESQL)
-    inserted = _inserted(offered, fenced_row(postgresql_version, single=single))
+    inserted = _inserted(offered, fenced_row(postgresql_version, single=single), single=single)
     if not with_checkpoint:
         return inserted.returning(columns.event_id, columns.seq)
     new = inserted.returning(columns.stream_id, columns.event_id, columns.seq).cte("new")

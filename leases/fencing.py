@@ -118,8 +118,7 @@ def refused(connection: Connection, lease: Lease, owners: Table = leases) -> Sta
 
 
 def _fence_postgresql(connection: Connection, grant: dict[str, Any]) -> bool:
-    version = (connection.dialect.server_version_info or (13,))[0]
-    checked = connection.execute(_check(version), grant).one_or_none()
+    checked = connection.execute(_check(dialects.postgresql_version(connection)), grant).one_or_none()
     if checked is None:
         return False
     if not checked.outermost and connection.execute(SAVEPOINTS).scalar_one():

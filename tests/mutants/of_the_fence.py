@@ -63,7 +63,7 @@ OF_THE_FENCE = (
         "fence-no-expiry",
         "the fence passes on a lease that has expired",
         (
-            Edit(FENCING, "limits).where(remaining.c.left_s > 0)", "limits)"),
+            Edit(FENCING, "shortened).where(remaining.c.left_s > 0)", "shortened)"),
             Edit(FENCING, "limit).where(remaining.c.left_s > 0)", "limit)"),
             Edit(FENCING, "update(leases).where(MINE, leases.c.expires_at > now())", "update(leases).where(MINE)"),
         ),
@@ -73,7 +73,7 @@ OF_THE_FENCE = (
         "fence-at-expiry",
         "the fence still passes at the moment of the expiry",
         (
-            Edit(FENCING, "limits).where(remaining.c.left_s > 0)", "limits).where(remaining.c.left_s >= 0)"),
+            Edit(FENCING, "shortened).where(remaining.c.left_s > 0)", "shortened).where(remaining.c.left_s >= 0)"),
             Edit(FENCING, "limit).where(remaining.c.left_s > 0)", "limit).where(remaining.c.left_s >= 0)"),
             Edit(FENCING, "where(MINE, leases.c.expires_at > now())", "where(MINE, leases.c.expires_at >= now())"),
         ),
