@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
-from leases import Lease, LeaseHeld, LeaseStore, StaleToken, fence, operations, views
+from leases import AsyncLeaseStore, Lease, LeaseHeld, LeaseStore, StaleToken, fence, operations, views
 from leases.administration import end_now
 from leases.model import Blocker
 from tests.conformance.driver import TTL, take
@@ -124,6 +125,22 @@ def test_an_operator_that_waits_too_long_is_told_who_blocks(
     for said in ("expired, not yet fenced", f"pid {pid}", "billing"):
         assert said in str(held.value)
     assert store.expire("a", actor="op") == 2, "what was begun can be finished"
+
+
+def test_an_async_operator_that_waits_in_vain_leaves_a_line_in_the_audit_too(
+    store: LeaseStore, engine: Engine, postgresql_url: str
+) -> None:
+    lease = take(store)
+
+    async def expire() -> None:
+        async with AsyncLeaseStore(postgresql_url) as other:
+            await other.expire("a", actor="op", timeout=timedelta(seconds=0.3))
+
+    with writing(engine, lease), pytest.raises(LeaseHeld):
+        asyncio.run(expire())
+    assert [line.action for line in store.audit()] == ["end"]
+    assert store.expire("a", actor="op") == 2
+    assert [line.action for line in store.audit()] == ["expire", "end"]
 
 
 def test_a_slow_look_at_who_blocks_has_given_its_connection_back_when_the_operator_is_told(
