@@ -127,7 +127,11 @@ def read(connection: Connection, stream_id: str, *, after_seq: int = 0, limit: i
 # --- its statements ----------------------------------------------------------------------------------------------
 
 
-LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(lease_events.c.stream_id == STREAM)
+# Not the parameter itself: by its value PostgreSQL's planner may believe that a stream which is younger than its
+# statistics has no events, and then it takes any index on stream_id, and reads all of the stream for each event.
+OF_STREAM = lease_events.c.stream_id == select(STREAM).scalar_subquery()
+
+LAST_SEQ = select(func.coalesce(func.max(lease_events.c.seq), 0)).where(OF_STREAM)
 """The number of the stream's last event."""
 
 
@@ -140,7 +144,7 @@ def _inserted(offered: Subquery, fenced: FromClause | None = None, *, single: bo
     # that is offered with all of the stream. A scalar is looked up by its key, whatever the planner believes.
     known = (
         select(lease_events.c.event_id)
-        .where(lease_events.c.stream_id == STREAM, lease_events.c.event_id == offered.c.event_id)
+        .where(OF_STREAM, lease_events.c.event_id == offered.c.event_id)
         .scalar_subquery()
     )
     # The place of an event among those that are new; of a single one it is known.

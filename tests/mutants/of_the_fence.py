@@ -82,13 +82,13 @@ OF_THE_FENCE = (
     Mutant(
         "token-at-most",
         "a token is good if the row's is at most it: one that nobody was granted passes",
-        (Edit(STATEMENTS, "leases.c.fencing_token == TOKEN, leases", "leases.c.fencing_token <= TOKEN, leases"),),
+        (Edit(STATEMENTS, "leases.c.fencing_token == TOKEN, func", "leases.c.fencing_token <= TOKEN, func"),),
         ("model",),
     ),
     Mutant(
         "token-at-least",
         "a token is good if the row's is at least it: an owner's earlier grants pass",
-        (Edit(STATEMENTS, "leases.c.fencing_token == TOKEN, leases", "leases.c.fencing_token >= TOKEN, leases"),),
+        (Edit(STATEMENTS, "leases.c.fencing_token == TOKEN, func", "leases.c.fencing_token >= TOKEN, func"),),
         ("model", "tests/conformance/test_release.py"),
     ),
     Mutant(
@@ -97,7 +97,7 @@ OF_THE_FENCE = (
         (
             Edit(
                 STATEMENTS,
-                "leases.c.fencing_token == TOKEN, leases.c.owner == HOLDER)",
+                'leases.c.fencing_token == TOKEN, func.coalesce(leases.c.owner, "") == HOLDER)',
                 "leases.c.fencing_token == TOKEN)",
             ),
         ),
