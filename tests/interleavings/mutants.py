@@ -233,7 +233,7 @@ MUTANTS: Sequence[Mutant] = (
         "append-append",
         "live",
         APPEND,
-        r"\(SELECT coalesce\(max.+?stream_id = %\(stream\)s(::VARCHAR)?\)",
+        r"\(SELECT coalesce\(max.+?stream_id = \(SELECT \S+ AS \w+\)\)",
         "0",
     ),
 )
