@@ -143,8 +143,8 @@ def expire(
 
     Waits up to `timeout` for fenced writes in flight; then `LeaseHeld` names the sessions that hold the row: the
     lease has ended and no new write passes, but theirs still may; the audit says `end`. `force` ends those sessions
-    (PostgreSQL).
-    `fencing_token` names the grant that is meant: `LeaseNotHeld` if it is not the current one, or nobody holds it.
+    (PostgreSQL). `fencing_token` names the grant that is meant: `LeaseNotHeld` if it is not the current one, or nobody
+    holds it.
     """
     observed = yield from _end_now(clock, stream_id, actor, reason, fencing_token, timeout, for_steal=False)
     call = partial(administration.revoke, actor=actor, reason=reason)

@@ -147,10 +147,8 @@ def attempt_alone(shortcut: Shortcut, tables: Tables, call: EitherWay[R]) -> R |
     """Run a call without a transaction around its statements, unless one has to be."""
     if not tables.checked:
         return NOT_TAKEN
-    try:
+    with translated(tables.url):
         direct = shortcut.take()
-    except SQLAlchemyError as error:
-        raise translate(error, tables.url) from None
     if direct is None:
         return NOT_TAKEN
     try:

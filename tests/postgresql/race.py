@@ -54,6 +54,10 @@ class Observer:
         with self.engine.connect() as connection:
             connection.execute(text(statement), values)
 
+    def set_default(self, setting: str) -> None:
+        """Change what the database has for its new sessions' default: `name = value`, as SET takes it."""
+        self.execute(f"ALTER DATABASE {self.engine.url.database} SET {setting}")
+
     def waiting(self) -> int:
         """How many sessions of this database wait for another's lock."""
         return int(

@@ -150,8 +150,7 @@ def durability(connection: Connection) -> str:
 def test_commits_of_the_protocol_are_durable_whatever_the_default(
     postgresql_url: str, observer: Observer, default: str, expected: str
 ) -> None:
-    database = postgresql_url.rpartition("/")[2]
-    observer.execute(f"ALTER DATABASE {database} SET synchronous_commit = '{default}'")
+    observer.set_default(f"synchronous_commit = '{default}'")
     with LeaseStore(postgresql_url) as store:
         assert store.run(durability) == default
         store.register(["a", "b"])
@@ -180,8 +179,7 @@ def test_commits_of_the_protocol_are_durable_whatever_the_default(
 
 
 def test_a_users_own_fenced_transaction_keeps_its_own_durability(postgresql_url: str, observer: Observer) -> None:
-    database = postgresql_url.rpartition("/")[2]
-    observer.execute(f"ALTER DATABASE {database} SET synchronous_commit = 'off'")
+    observer.set_default("synchronous_commit = 'off'")
     with LeaseStore(postgresql_url) as store:
         lease = take(store)
         with store.engine.begin() as connection:

@@ -49,8 +49,7 @@ def test_a_sessions_default_changes_no_answer(
     for setting in settings:
         if setting.startswith("transaction_timeout") and observer.scalar("SHOW server_version_num") < "170000":
             continue  # it came with 17
-        name, _, value = setting.partition(" = ")
-        observer.execute(f"ALTER DATABASE {postgresql_url.rpartition('/')[2]} SET {name} = {value}")
+        observer.set_default(setting)
     lease, events = written(postgresql_url) if how == "sync" else asyncio.run(written_async(postgresql_url))
     assert lease is not None
     assert lease.expires_at - lease.acquired_at == TTL

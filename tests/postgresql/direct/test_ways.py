@@ -123,8 +123,7 @@ def test_both_ways_answer_the_same(looked: LeaseStore, postgresql_url: str, obse
 def test_where_the_default_is_another_isolation_level_a_transaction_says_read_committed(
     postgresql_url: str, observer: Observer, level: str
 ) -> None:
-    database = postgresql_url.rpartition("/")[2]
-    observer.execute(f"ALTER DATABASE {database} SET default_transaction_isolation = '{level}'")
+    observer.set_default(f"default_transaction_isolation = '{level}'")
     with LeaseStore(postgresql_url) as store:
         lease = take(store)
         assert not attempted(store)
@@ -139,8 +138,7 @@ def test_where_the_default_is_read_only_it_is_refused_as_in_a_transaction(
 ) -> None:
     with LeaseStore(postgresql_url) as store:
         lease = take(store)
-    database = postgresql_url.rpartition("/")[2]
-    observer.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    observer.set_default("default_transaction_read_only = on")
     refusals = []
     for way in (lambda store: store, in_transactions):
         with LeaseStore(postgresql_url) as store:
@@ -157,8 +155,7 @@ def test_a_lock_timeout_of_the_session_is_worth_another_try_either_way(
 ) -> None:
     with LeaseStore(postgresql_url) as store:
         lease = take(store)
-    database = postgresql_url.rpartition("/")[2]
-    observer.execute(f"ALTER DATABASE {database} SET lock_timeout = '50ms'")
+    observer.set_default("lock_timeout = '50ms'")
     for way in (lambda store: store, in_transactions):
         with LeaseStore(postgresql_url, retry_for=timedelta(0)) as store, locking(engine):
             store.list()
@@ -205,8 +202,7 @@ def test_who_listens_to_an_engine_or_has_it_logged_hears_of_every_statement(
 def test_each_statement_is_durable_by_itself(
     postgresql_url: str, observer: Observer, default: str, expected: str
 ) -> None:
-    database = postgresql_url.rpartition("/")[2]
-    observer.execute(f"ALTER DATABASE {database} SET synchronous_commit = '{default}'")
+    observer.set_default(f"synchronous_commit = '{default}'")
     with LeaseStore(postgresql_url) as store:
         store.register(["a", "b"])
         lease = take(store)
